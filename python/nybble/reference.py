@@ -1,0 +1,341 @@
+"""The executable specification: every codec and every contraction of nybble in plain torch, on any device.
+
+Compiled backends have the same signatures, and tests hold them to these functions: bit for bit for the codecs with
+`search="absmax"`, within the error bound of their summation order for the contractions and for `search="mse"`.
+Nothing here is written for speed.
+
+Tensors are taken flattened in row-major order whatever their strides; blocks run over that order, so a block may
+straddle rows and the last one may be partial. Arithmetic is fp32 without fused multiply-adds, in the order written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import FormatError, LayoutError, NonFiniteError, UnsupportedDtypeError
+from .formats import NESTED_BLOCK_SIZE, check_block_size, dynamic_map
+
+#: The smallest scale that is stored: keeps 1/absmax finite in fp32, so an all-zero block needs no special case.
+MIN_ABSMAX = 1e-38
+
+#: Up to here torch sums a contiguous fp32 tensor serially, so its mean is the same for every number of threads.
+_SERIAL_MEAN = 32768
+
+#: Factors of absmax that `search="mse"` tries, in this order (the first of equals wins).
+MSE_FACTORS: tuple[float, ...] = tuple(0.5 + i / 64 for i in range(32, -1, -1))
+
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_float(x: Tensor, name: str) -> Tensor:
+    """Returns `x` if it is fp32, fp16 or bf16; raises UnsupportedDtypeError otherwise."""
+    if x.dtype not in _FLOATS:
+        raise UnsupportedDtypeError(f"{name} has dtype {x.dtype}; float32, float16 and bfloat16 are supported")
+    return x
+
+
+def check_finite(x: Tensor, block_size: int, name: str, unit: str = "block") -> None:
+    """Raises NonFiniteError naming the tensor and the first offending block if `x` (any shape) holds NaN or Inf."""
+    flat = x.reshape(-1)
+    bad = ~torch.isfinite(flat)
+    count = int(bad.sum())
+    if count:
+        index = int(bad.to(torch.uint8).argmax())
+        block = index // block_size
+        raise NonFiniteError(
+            name,
+            index,
+            count,
+            f"{count} of {flat.numel()} values are not finite; the first is {flat[index].item()} at flat index {index} "
+            f"in {unit} {block}, which starts at {block * block_size}",
+        )
+
+
+def quantize_4bit(
+    x: Tensor, codebook: Tensor, block_size: int, search: str = "absmax", name: str = "x"
+) -> tuple[Tensor, Tensor]:
+    """Quantizes to 4 bits in blocks.
+
+    The rule: absmax = max(max|x| over the block, 1e-38); s = clamp(x * (1 / absmax), -1, 1);
+    rank = #{j: s > (c_j + c_{j+1}) / 2} over the codebook c in stable ascending order; the code is the rank's place in
+    the codebook. Two codes make a byte, the even element in the high nibble; an odd tail is filled with the code of 0.
+
+    Args:
+        x: values, any shape and strides, fp32, fp16 or bf16.
+        codebook: fp32 [16].
+        block_size: one of `formats.BLOCK_SIZES`.
+        search: "absmax", or "mse": the scale of least squared error among those that `mse_scales` considers.
+        name: what error messages call `x`.
+
+    Returns:
+        packed uint8 [ceil(n / 2), 1] and absmax fp32 [ceil(n / block_size)] for n = x.numel().
+
+    Raises:
+        NonFiniteError: `x` holds NaN or Inf.
+        UnsupportedDtypeError, FormatError: a dtype, block size or search that is not allowed.
+    """
+    check_float(x, name)
+    check_block_size(block_size)
+    check_codebook(codebook, 16)
+    if search not in ("absmax", "mse"):
+        raise FormatError(f"search is {search!r}; allowed are absmax, mse")
+    check_finite(x, block_size, name)
+    n = x.numel()
+    blocks = to_blocks(x, block_size)
+    absmax = block_absmax(blocks)
+    if search == "mse":
+        absmax = mse_scales(blocks, absmax, codebook)
+    codes = pick_codes(blocks, absmax, codebook).reshape(-1)
+    # Padding to whole blocks put zeros after the last element, so an odd tail's pad nibble is already the code of 0.
+    codes = codes[: n + n % 2]
+    return ((codes[0::2] << 4) | codes[1::2]).unsqueeze(1), absmax
+
+
+def dequantize_4bit(
+    packed: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """The values codebook[code] * absmax[block], computed in fp32 and cast to `dtype`.
+
+    Args:
+        packed: uint8 with ceil(n / 2) elements, n = prod(shape).
+        absmax: fp32 [ceil(n / block_size)].
+        codebook: fp32 [16].
+        shape: shape of the result.
+        dtype: fp32, fp16 or bf16.
+    """
+    check_block_size(block_size)
+    check_codebook(codebook, 16)
+    n = math.prod(shape)
+    check_packed(packed, absmax, block_size, n)
+    flat = packed.reshape(-1)
+    codes = torch.stack((flat >> 4, flat & 15), dim=1).reshape(-1)[:n]
+    scales = absmax.repeat_interleave(block_size)[:n]
+    return (codebook[codes.long()] * scales).to(dtype).reshape(tuple(shape))
+
+
+def nested_offset(absmax: Tensor) -> Tensor:
+    """The mean that double quantization subtracts from the scales (fp32, 0-dim; 0 for no scales).
+
+    torch's own fp32 mean as long as torch sums serially: that is what bitsandbytes stores. Above, torch's result
+    depends on the number of threads, so the float64 mean is rounded instead; also where the fp32 sum overflows.
+    """
+    if absmax.numel() == 0:
+        return absmax.new_zeros(())
+    if absmax.numel() <= _SERIAL_MEAN:
+        mean = absmax.contiguous().mean()
+        if bool(torch.isfinite(mean)):
+            return mean
+    return absmax.double().mean().float()
+
+
+def nested_quantize(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Double quantization: the scales minus their mean, in 8 bits with the signed dynamic map over blocks of 256.
+
+    Args:
+        absmax: fp32 [nb], finite.
+
+    Returns:
+        q uint8 [nb], nested_absmax fp32 [ceil(nb / 256)], offset fp32 0-dim (see `nested_offset`).
+    """
+    offset = nested_offset(absmax)
+    code = dynamic_map().to(absmax.device)
+    q, nested_absmax = quantize_8bit(absmax - offset, code, NESTED_BLOCK_SIZE, name="absmax")
+    return q, nested_absmax, offset
+
+
+def nested_dequantize(
+    q: Tensor, nested_absmax: Tensor, nested_map: Tensor, offset: Tensor, nested_block_size: int = NESTED_BLOCK_SIZE
+) -> Tensor:
+    """The scales nested_map[q] * nested_absmax[block] + offset, fp32 [nb]: a product, then a sum, both rounded."""
+    return dequantize_8bit(q, nested_absmax, nested_map, nested_block_size, torch.float32) + offset
+
+
+def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> tuple[Tensor, Tensor]:
+    """Quantizes to 8 bits in blocks with a 256-entry map: the nearest entry by fp32 midpoints, ties to the lower.
+
+    Args:
+        x: values, any shape and strides, fp32, fp16 or bf16.
+        code: fp32 [256], ascending. With an entry 0.0 (the dynamic maps have one) exact zeros stay exact zeros.
+        block_size: one of `formats.BLOCK_SIZES`.
+
+    Returns:
+        q uint8 of x's shape, absmax fp32 [ceil(n / block_size)].
+
+    Raises:
+        NonFiniteError, UnsupportedDtypeError, FormatError: as `quantize_4bit`.
+    """
+    check_float(x, name)
+    check_block_size(block_size)
+    check_codebook(code, 256)
+    check_finite(x, block_size, name)
+    blocks = to_blocks(x, block_size)
+    absmax = block_absmax(blocks)
+    return pick_codes(blocks, absmax, code).reshape(-1)[: x.numel()].reshape(x.shape), absmax
+
+
+def dequantize_8bit(q: Tensor, absmax: Tensor, code: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
+    """The values code[q] * absmax[block], computed in fp32 and cast to `dtype`; q's shape."""
+    check_block_size(block_size)
+    check_codebook(code, 256)
+    n = q.numel()
+    _expect_size("absmax", absmax, math.ceil(n / block_size), f"{n} elements in blocks of {block_size}")
+    scales = absmax.repeat_interleave(block_size)[:n]
+    return (code[q.reshape(-1).long()] * scales).to(dtype).reshape(q.shape)
+
+
+def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
+    """Row-wise int8 as LLM.int8 (arXiv 2208.07339) stores weights: cast to fp16, q = round(w * (127 / scb)), half even.
+
+    Args:
+        x: weight [N, K], fp32, fp16 or bf16.
+
+    Returns:
+        q int8 [N, K] in -127..127, scb fp32 [N], the largest magnitude of each row in fp16. A row of zeros has
+        scb 0 and q 0.
+
+    Raises:
+        NonFiniteError: `x` holds NaN, Inf, or a magnitude above fp16's 65504.
+        LayoutError: `x` is not 2-D.
+    """
+    check_float(x, name)
+    if x.dim() != 2:
+        raise LayoutError(f"{name} has shape {tuple(x.shape)}; int8 quantization takes a matrix [N, K]")
+    columns = max(1, x.shape[1])
+    check_finite(x, columns, name, unit="row")
+    half = x.half()
+    if not bool(torch.isfinite(half).all()):
+        index = int((~torch.isfinite(half)).reshape(-1).to(torch.uint8).argmax())
+        count = int((~torch.isfinite(half)).sum())
+        value = x.reshape(-1)[index].item()
+        raise NonFiniteError(
+            name,
+            index,
+            count,
+            f"{count} values exceed fp16, which the int8 layout casts weights to (65504 at most); the first is "
+            f"{value} at flat index {index}, row {index // columns}",
+        )
+    w = half.float()
+    scb = w.abs().amax(dim=1) if x.shape[1] else w.new_zeros(x.shape[0])
+    factor = torch.where(scb > 0, 127.0 / scb, 0.0)
+    return torch.round(w * factor.unsqueeze(1)).clamp(-127, 127).to(torch.int8), scb
+
+
+def dequantize_int8(q: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values q * scb / 127 (fp32 product, fp32 quotient), cast to `dtype`; [N, K]."""
+    if q.dim() != 2:
+        raise LayoutError(f"q has shape {tuple(q.shape)}; the int8 layout is a matrix [N, K]")
+    _expect_size("scb", scb, q.shape[0], f"{q.shape[0]} rows")
+    return (q.float() * scb.unsqueeze(1) / 127.0).to(dtype)
+
+
+def linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, side: Tensor | None = None, side_weight: Tensor | None = None
+) -> Tensor:
+    """y = x W^T + side side_weight^T + bias, accumulated in fp32, rounded once to x's dtype.
+
+    Args:
+        x: [..., K].
+        weight: [N, K], already dequantized.
+        bias: [N].
+        side: [..., R], the scaled product of x with LoRA's A; goes together with `side_weight`.
+        side_weight: [N, R], LoRA's B.
+
+    Returns:
+        [..., N] in x's dtype.
+    """
+    y = x.float() @ weight.float().t()
+    if side is not None and side_weight is not None:
+        y = y + side.float() @ side_weight.float().t()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
+def grad_input(g: Tensor, weight: Tensor, side: Tensor | None = None, side_weight: Tensor | None = None) -> Tensor:
+    """dx = g W + side side_weight, accumulated in fp32, rounded once to g's dtype.
+
+    Args:
+        g: [..., N].
+        weight: [N, K], already dequantized.
+        side: [..., R], the scaled product of g with LoRA's B; goes together with `side_weight`.
+        side_weight: [R, K], LoRA's A.
+
+    Returns:
+        [..., K] in g's dtype.
+    """
+    dx = g.float() @ weight.float()
+    if side is not None and side_weight is not None:
+        dx = dx + side.float() @ side_weight.float()
+    return dx.to(g.dtype)
+
+
+def to_blocks(x: Tensor, block_size: int) -> Tensor:
+    """`x` flattened, as fp32 [blocks, block_size]; a partial last block is filled with zeros."""
+    flat = x.reshape(-1).float()
+    padding = -flat.numel() % block_size
+    return torch.nn.functional.pad(flat, (0, padding)).reshape(-1, block_size)
+
+
+def block_absmax(blocks: Tensor) -> Tensor:
+    """The largest magnitude of each row of `blocks`, at least 1e-38; fp32."""
+    return blocks.abs().amax(dim=1).clamp(min=MIN_ABSMAX)
+
+
+def pick_codes(blocks: Tensor, scales: Tensor, codebook: Tensor) -> Tensor:
+    """The code (uint8) of every element of `blocks` [nb, block_size] for given scales fp32 [nb]: the rule."""
+    order = torch.argsort(codebook, stable=True)
+    ascending = codebook[order]
+    midpoints = (ascending[:-1] + ascending[1:]) / 2
+    s = (blocks * (1.0 / scales).unsqueeze(1)).clamp(-1, 1)
+    return order.to(torch.uint8)[torch.bucketize(s, midpoints)]
+
+
+def mse_scales(blocks: Tensor, absmax: Tensor, codebook: Tensor) -> Tensor:
+    """Per block, the scale of least squared error among 33 sets of codes; fp32 [nb].
+
+    Each factor f of `MSE_FACTORS` gives codes c by the rule with the scale f * absmax, for which the best scale is
+    <x, c> / <c, c>, leaving the error <x, x> - <x, c>^2 / <c, c>. The best f wins (the first of equals). A block for
+    which no f gives a positive scale keeps its absmax. Picking the codes once more with the scale found can only
+    lower the error, so it never exceeds that of absmax.
+    """
+    x = blocks.double()
+    best_gain = torch.zeros_like(absmax, dtype=torch.float64)
+    best_scale = absmax.clone()
+    for factor in MSE_FACTORS:
+        codes = pick_codes(blocks, (absmax * factor).clamp(min=MIN_ABSMAX), codebook)
+        c = codebook[codes.long()].double()
+        xc, cc = (x * c).sum(dim=1), (c * c).sum(dim=1)
+        scale = (xc / cc).float()
+        gain = xc * xc / cc
+        # A comparison with NaN (cc = 0) is false, so such a candidate never wins.
+        better = (gain > best_gain) & (xc > 0) & (scale >= MIN_ABSMAX) & torch.isfinite(scale)
+        best_gain = torch.where(better, gain, best_gain)
+        best_scale = torch.where(better, scale, best_scale)
+    return best_scale
+
+
+def check_codebook(code: Tensor, entries: int) -> None:
+    """Raises LayoutError or UnsupportedDtypeError unless `code` is fp32 [entries]."""
+    if code.dtype != torch.float32:
+        raise UnsupportedDtypeError(f"codebook has dtype {code.dtype}; it must be float32")
+    if tuple(code.shape) != (entries,):
+        raise LayoutError(f"codebook has shape {tuple(code.shape)}; it must be [{entries}]")
+
+
+def check_packed(packed: Tensor, absmax: Tensor, block_size: int, n: int) -> None:
+    """Raises LayoutError or UnsupportedDtypeError unless `packed` and `absmax` hold exactly n 4-bit values."""
+    if packed.dtype != torch.uint8:
+        raise UnsupportedDtypeError(f"packed has dtype {packed.dtype}; it must be uint8")
+    if absmax.dtype != torch.float32:
+        raise UnsupportedDtypeError(f"absmax has dtype {absmax.dtype}; it must be float32 (decode nested scales first)")
+    _expect_size("packed", packed, math.ceil(n / 2), f"{n} elements")
+    _expect_size("absmax", absmax, math.ceil(n / block_size), f"{n} elements in blocks of {block_size}")
+
+
+def _expect_size(name: str, tensor: Tensor, size: int, why: str) -> None:
+    if tensor.numel() != size:
+        raise LayoutError(f"{name} has {tensor.numel()} elements; {why} need {size}")
