@@ -1,0 +1,355 @@
+"""Loading a checkpoint directory into a transformers model whose linear layers stay quantized.
+
+This is the file that knows transformers; it is imported on use (extra `hf`).
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ..errors import CheckpointError
+from ..tensor import QuantTensor
+from .bnb import Groups, group, prefix_of, source_quantization
+from .files import TORCH_DTYPES, Source, open_source
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+# torch.empty and its kin give room for parameters; everything with values (rotary tables, position ids) is computed.
+_UNINITIALIZED = {torch.empty, torch.empty_strided}
+
+
+class _ParametersOnMeta(TorchFunctionMode):
+    """Uninitialized tensors are made on the meta device, computed ones where they belong.
+
+    A plain `torch.device("meta")` would also take the values of the buffers that no checkpoint holds (`inv_freq`).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _UNINITIALIZED and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("transformers is needed to build the model: pip install 'nybble[hf]'") from error
+    return transformers
+
+
+@contextmanager
+def _named(directory: Path) -> Iterator[None]:
+    """transformers' own complaints about config.json, with the directory's name."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{directory / 'config.json'}: transformers cannot build this model ({error})") from error
+
+
+def _config(directory: Path) -> PretrainedConfig:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{directory}: no config.json, so the model's architecture is unknown")
+    with _named(directory):
+        config = _transformers().AutoConfig.from_pretrained(str(directory), local_files_only=True)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config  # transformers would look for the method's own package
+    return config
+
+
+def _model_class(config: PretrainedConfig, directory: Path) -> type[PreTrainedModel]:
+    names = list(getattr(config, "architectures", None) or [])
+    transformers = _transformers()
+    for name in names:
+        found = getattr(transformers, name, None)
+        if found is not None:
+            return found
+    raise CheckpointError(f"{directory / 'config.json'}: architectures {names} are not classes of transformers")
+
+
+def _skeleton(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """The model of a directory's config.json: parameters on meta, buffers with their values."""
+    config = _config(directory)
+    cls = _model_class(config, directory)
+    dtype = dtype or getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+    with _named(directory), _ParametersOnMeta():
+        model = cls._from_config(config, dtype=dtype)
+    return model
+
+
+@dataclass
+class Architecture:
+    """What a model class says of its modules, by module path.
+
+    `linear`: plain nn.Linear; `transposed`: transformers' Conv1D; `keep`: linear ones that must not be quantized, with
+    the reason; `modules`: all that have a weight.
+    """
+
+    linear: set[str] = field(default_factory=set)
+    transposed: set[str] = field(default_factory=set)
+    keep: dict[str, str] = field(default_factory=dict)
+    modules: set[str] = field(default_factory=set)
+    base_prefix: str = ""
+
+    def resolve(self, module: str) -> str | None:
+        """The model's path for a file's module path, which may have the base model's prefix or lack it."""
+        return _resolve(module, self.modules, self.base_prefix)
+
+
+def _resolve(name: str, known: set[str], base_prefix: str) -> str | None:
+    if name in known:
+        return name
+    if base_prefix:
+        for other in (f"{base_prefix}.{name}", name.removeprefix(f"{base_prefix}.")):
+            if other in known:
+                return other
+    return None
+
+
+def describe(directory: Path) -> Architecture:
+    """Build the model of `directory` without weights and sort its modules.
+
+    Raises:
+        ImportError: transformers is missing.
+        CheckpointError: config.json names a model that transformers cannot build.
+    """
+    model = _skeleton(directory)
+    result = Architecture(base_prefix=getattr(model, "base_model_prefix", "") or "")
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        result.modules.add(name)
+        owners.setdefault(id(weight), []).append(name)
+        # Subclasses of Linear are left alone: nn.MultiheadAttention, for one, reads its out_proj's weight directly.
+        if type(module) is nn.Linear:
+            result.linear.add(name)
+        elif type(module).__name__ == "Conv1D":
+            result.transposed.add(name)
+    for names in owners.values():
+        if len(names) > 1:
+            result.keep.update({name: f"tied to {names[0] if name != names[0] else names[1]}" for name in names})
+    for pattern in getattr(model, "_keep_in_fp32_modules", None) or ():
+        fixed = {name for name in result.linear if pattern in name.split(".")}
+        result.keep.update({name: "its model class wants it in full precision" for name in fixed})
+    return result
+
+
+def load(
+    directory: str | os.PathLike[str], *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+) -> PreTrainedModel:
+    """Load a checkpoint directory as a transformers model in eval mode, its quantized weights as `QuantLinear`.
+
+    The model is built without memory for its parameters; each tensor of the file then takes its place directly. On the
+    CPU these are mapped from the file, so that loading is quick and processes share the pages. A directory without
+    quantized weights loads as the ordinary model.
+
+    Args:
+        directory: written by `nybble.quantize`, by bitsandbytes through transformers, or plain.
+        dtype: of the parameters that are not quantized; by default what config.json says.
+        device: where the tensors go.
+
+    Raises:
+        ImportError: transformers is not installed.
+        CheckpointError: a file is damaged, or its tensors do not fit the model: names them.
+        CheckpointNotFoundError: a file is missing.
+    """
+    source = open_source(directory)
+    if not source.is_directory:
+        raise CheckpointError(f"{directory}: a directory with config.json is needed, this is a file")
+    groups = group(source.tensors, str(directory))
+    if not groups.quantized:
+        return _load_plain(source, dtype, device)
+    model = _skeleton(source.root, dtype)
+    with _Reader(source, device) as reader:
+        _place_quantized(model, groups, reader)
+        _place_plain(model, groups, reader)
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                module._buffers[name] = buffer.to(device)
+    _load_generation_config(model, source.root)
+    model.config._name_or_path = str(directory)
+    return model.eval()
+
+
+def _load_plain(source: Source, dtype: torch.dtype | None, device: str | torch.device) -> PreTrainedModel:
+    method = source_quantization(source.config())
+    if method is not None:
+        raise CheckpointError(f"{source.root}: quantized by {method!r}, whose layout nybble does not read")
+    config = _config(source.root)
+    cls = _model_class(config, source.root)
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
+    model = cls.from_pretrained(str(source.root), dtype=dtype, local_files_only=True, use_safetensors=True)
+    return model.to(device).eval()
+
+
+class _Reader:
+    """Tensors of a source by name, each shard opened once."""
+
+    def __init__(self, source: Source, device: str | torch.device) -> None:
+        self.source, self._device = source, torch.device(device)
+        self._handles: dict[Path, Any] = {}
+
+    def __enter__(self) -> _Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._handles.clear()
+
+    def __call__(self, name: str) -> Tensor:
+        info = self.source.tensors[name]
+        if info.dtype not in TORCH_DTYPES:
+            raise CheckpointError(f"{info.path}: tensor {name!r} has dtype {info.dtype}, which the model cannot use")
+        if info.path not in self._handles:
+            self._handles[info.path] = safe_open(info.path, framework="pt")
+        return self._handles[info.path].get_tensor(name).to(self._device)
+
+    def where(self, name: str) -> str:
+        return f"{self.source.tensors[name].path}: tensor {name!r}"
+
+
+def _place_quantized(model: PreTrainedModel, groups: Groups, reader: _Reader) -> None:
+    from ..nn import QuantLinear
+
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    known = {name for name, _ in model.named_modules()}
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    bias_keys = set()
+    plain = set(groups.plain)
+    for module, members in groups.quantized.items():
+        where = reader.where(members["weight"])
+        path = _resolve(module, known, prefix)
+        if path is None or path not in linear:
+            what = "no module" if path is None else f"a {type(model.get_submodule(path)).__name__}, not a Linear,"
+            raise CheckpointError(
+                f"{where} is quantized, but the model {type(model).__name__} has {what} at {module!r}"
+            )
+        skeleton = model.get_submodule(path)
+        state = {key: reader(name) for key, name in members.items()}
+        quantized = QuantTensor.from_state(state, name=where, dtype=_int8_dtype(members, model))
+        if quantized.shape != (skeleton.out_features, skeleton.in_features):
+            want = [skeleton.out_features, skeleton.in_features]
+            raise CheckpointError(f"{where} has shape {list(quantized.shape)}, the model wants {want}")
+        bias = None
+        if skeleton.bias is not None:
+            key = f"{prefix_of(module)}bias"
+            if key not in plain:
+                raise CheckpointError(f"{where}: the model wants a bias, but there is no {key!r}")
+            bias = _checked(reader, key, skeleton.bias)
+            bias_keys.add(key)
+        model.set_submodule(path, QuantLinear.from_quant_tensor(quantized, bias=bias))
+    groups.plain = [key for key in groups.plain if key not in bias_keys]
+
+
+def _int8_dtype(members: dict[str, str], model: PreTrainedModel) -> torch.dtype | None:
+    """The int8 layout does not say what a weight was; the model does."""
+    return model.dtype if "SCB" in members and model.dtype.is_floating_point else None
+
+
+def _checked(reader: _Reader, key: str, want: Tensor) -> Tensor:
+    """A tensor of the file in the model's dtype; the file's own memory where the dtype is right already."""
+    value = reader(key)
+    if value.shape != want.shape:
+        raise CheckpointError(f"{reader.where(key)} has shape {list(value.shape)}, the model wants {list(want.shape)}")
+    return value.to(want.dtype) if want.dtype.is_floating_point else value
+
+
+Place = tuple[str, nn.Module, str]  # full name, module, name in the module
+
+
+def _places(model: nn.Module) -> list[list[Place]]:
+    """Every parameter that is still to be loaded, as the list of all places that share it."""
+    from ..nn import QuantLinear
+
+    places: dict[int, list[Place]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, QuantLinear):
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                places.setdefault(id(parameter), []).append((f"{prefix_of(path)}{name}", module, name))
+    return list(places.values())
+
+
+def _place_plain(model: PreTrainedModel, groups: Groups, reader: _Reader) -> None:
+    """Give every parameter and persistent buffer its tensor; errors list what is missing and what is left over."""
+    places = _places(model)
+    parameters = {full for shared in places for full, _, _ in shared}
+    buffers = dict(model.named_buffers())
+    known = parameters | buffers.keys()
+    prefix = getattr(model, "base_model_prefix", "") or ""
+    values: dict[str, Tensor] = {}
+    unexpected = []
+    for key in groups.plain:
+        path = _resolve(key, known, prefix)
+        if path is None:
+            unexpected.append(key)
+        elif path in parameters:
+            values[path] = _checked(reader, key, model.get_parameter(path))
+        elif _is_persistent(model, path):
+            owner, _, leaf = path.rpartition(".")
+            model.get_submodule(owner)._buffers[leaf] = _checked(reader, key, buffers[path])
+    missing = []
+    for shared in places:
+        if not _place_shared(model, shared, values):
+            missing.append(shared[0][0])
+    missing += [name for name, buffer in model.named_buffers() if buffer.device.type == "meta"]
+    ignored = [re.compile(p) for p in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    unexpected = [key for key in unexpected if not any(p.search(key) for p in ignored)]
+    if missing or unexpected:
+        lists = [
+            (missing, "tensors of the model missing from the files"),
+            (unexpected, "tensors the model does not have"),
+        ]
+        parts = [f"{len(n)} {what}: {', '.join(n[:4])}{' ...' if len(n) > 4 else ''}" for n, what in lists if n]
+        raise CheckpointError(f"{reader.source.root}: does not fit {type(model).__name__}: {'; '.join(parts)}")
+
+
+def _place_shared(model: PreTrainedModel, shared: list[Place], values: dict[str, Tensor]) -> bool:
+    """Load one parameter wherever it is tied to; False if the files have none of its names.
+
+    Places stay tied unless the files hold different values under two of the names, which then each get their own.
+    """
+    given = [full for full, _, _ in shared if full in values]
+    if not given:
+        return False
+    main = nn.Parameter(values[given[0]], requires_grad=values[given[0]].is_floating_point())
+    for full, module, name in shared:
+        own = values.get(full)
+        if own is None or own is values[given[0]] or torch.equal(own, main):
+            module._parameters[name] = main
+        else:
+            module._parameters[name] = nn.Parameter(own, requires_grad=own.is_floating_point())
+            if hasattr(model.config, "tie_word_embeddings"):
+                model.config.tie_word_embeddings = False
+    return True
+
+
+def _is_persistent(model: nn.Module, path: str) -> bool:
+    owner, _, leaf = path.rpartition(".")
+    return leaf not in model.get_submodule(owner)._non_persistent_buffers_set
+
+
+def _load_generation_config(model: PreTrainedModel, directory: Path) -> None:
+    if model.can_generate() and (directory / "generation_config.json").is_file():
+        model.generation_config = _transformers().GenerationConfig.from_pretrained(
+            str(directory), local_files_only=True
+        )

@@ -1,0 +1,261 @@
+"""Writing files so that a failed run leaves none under a final name, and safetensors one tensor at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+import torch
+
+from ..errors import CheckpointError
+from .files import DTYPE_BITS
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+class StorageFullError(OSError):
+    """No room left for a file that was being written; nothing was left under its final name."""
+
+    def __init__(self, number: int, path: Path) -> None:
+        super().__init__(
+            number, f"{path}: {os.strerror(number).lower()} while writing; nothing was left behind", str(path)
+        )
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
+@contextlib.contextmanager
+def full_disk_names(path: Path) -> Iterator[None]:
+    """Turn "no space left" into an error that names the file being written."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL and not isinstance(error, StorageFullError):
+            raise StorageFullError(error.errno, path) from error
+        raise
+
+
+class Staging:
+    """A set of files that appear in `directory` all together, or not at all.
+
+    Each is written under a temporary name in the same directory and synced; `commit` renames them in the order in
+    which they were opened. Leaving the `with` block without `commit` removes them, and the directory if it was made.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self._made = False
+        self._open: dict[str, BinaryIO] = {}
+        self._names: list[str] = []
+
+    def __enter__(self) -> Staging:
+        self._made = not self.directory.exists()
+        with full_disk_names(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
+        for file in self._open.values():
+            with contextlib.suppress(OSError):  # a full disk can fail the flush; the file is removed next
+                file.close()
+        self._open.clear()
+        for name in self._names:
+            self._temporary(name).unlink(missing_ok=True)
+        if self._made:
+            for folder in sorted({(self.directory / name).parent for name in self._names}, reverse=True):
+                with contextlib.suppress(OSError):  # not empty: committed
+                    folder.rmdir()
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()
+
+    def _temporary(self, name: str) -> Path:
+        path = self.directory / name
+        return path.with_name(f".{path.name}.{os.getpid()}.tmp")
+
+    def open(self, name: str) -> BinaryIO:
+        """A new binary file that `commit` will call `name`; close it with `close(name)`."""
+        path = self._temporary(name)
+        with full_disk_names(self.directory / name):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = path.open("wb", buffering=0)
+        self._names.append(name)
+        self._open[name] = file
+        return file
+
+    def close(self, name: str) -> None:
+        """Flush and sync the file to the disk."""
+        with full_disk_names(self.directory / name), self._open.pop(name) as file:
+            os.fsync(file.fileno())
+
+    def write(self, name: str, pieces: bytes | Iterable[bytes]) -> None:
+        """Write a whole file from one or more pieces."""
+        file = self.open(name)
+        for piece in (pieces,) if isinstance(pieces, bytes) else pieces:
+            with full_disk_names(self.directory / name):
+                write_all(file, piece)
+        self.close(name)
+
+    def commit(self) -> None:
+        """Give every file its final name and sync the directory."""
+        for name in list(self._open):
+            self.close(name)
+        for name in self._names:
+            os.replace(self._temporary(name), self.directory / name)
+        self._names.clear()
+        if os.name == "posix":  # a directory cannot be opened for syncing elsewhere
+            handle = os.open(self.directory, os.O_RDONLY)
+            try:
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+
+
+def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
+    """Write every byte to an unbuffered file, which may take less than it is given."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        done += file.write(view[done:])
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes, row-major, without a copy where it is contiguous."""
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor to come: `shape` is None where only its data tells (a JSON text), at most `limit` bytes long."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...] | None
+    limit: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Its size; for a text the most it may be."""
+        if self.shape is None:
+            return self.limit
+        count = 1
+        for size in self.shape:
+            count *= size
+        return (count * DTYPE_BITS[self.dtype] + 7) // 8
+
+
+class ShardWriter:
+    """A safetensors file written tensor by tensor, in any order, holding none of them.
+
+    All sizes but those of short texts are known before the first tensor is computed. So the data of known size gets its
+    place at once (largest element first, which keeps every tensor aligned to its dtype), texts follow behind it, and
+    the header, whose length depends on the texts' offsets by a few digits, goes into room reserved for the longest it
+    can be, filled up with spaces as the format allows. The file's room on the disk is claimed first, so that a full
+    disk shows before the work, not after it.
+    """
+
+    def __init__(self, staging: Staging, name: str, slots: list[Slot], metadata: dict[str, str]) -> None:
+        self.staging, self.name, self.path = staging, name, staging.directory / name
+        self._metadata = metadata
+        self._slots = {slot.name: slot for slot in slots}
+        if len(self._slots) != len(slots):
+            raise CheckpointError(f"{self.path}: a tensor name is planned twice")
+        fixed = sorted((s for s in slots if s.shape is not None), key=lambda s: (-DTYPE_BITS[s.dtype], s.name))
+        self._offsets: dict[str, int] = {}
+        at = 0
+        for slot in fixed:
+            self._offsets[slot.name] = at
+            at += slot.nbytes
+        self._texts_at = at
+        self._texts: dict[str, bytes] = {}
+        self._written: set[str] = set()
+        limit = at + sum(s.nbytes for s in slots if s.shape is None)
+        longest = {s.name: self._entry(s, limit, limit) for s in slots}
+        self._header_size = (len(self._header(longest)) + 7) // 8 * 8
+        self._file = staging.open(name)
+        self._claim(8 + self._header_size + at)
+
+    @staticmethod
+    def _entry(slot: Slot, begin: int, end: int) -> dict[str, object]:
+        shape = [slot.limit] if slot.shape is None else list(slot.shape)
+        return {"dtype": slot.dtype, "shape": shape, "data_offsets": [begin, end]}
+
+    def _header(self, entries: dict[str, dict[str, object]]) -> bytes:
+        return json.dumps({"__metadata__": self._metadata, **entries}, separators=(",", ":")).encode()
+
+    def _claim(self, size: int) -> None:
+        if hasattr(os, "posix_fallocate"):
+            with full_disk_names(self.path):
+                try:
+                    os.posix_fallocate(self._file.fileno(), 0, size)
+                except OSError as error:
+                    if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
+                        raise
+
+    def _slot(self, name: str, dtype: str, shape: tuple[int, ...]) -> Slot:
+        slot = self._slots.get(name)
+        if slot is None or slot.dtype != dtype or (slot.shape is not None and slot.shape != shape):
+            planned = "nothing" if slot is None else f"{slot.dtype} {slot.shape}"
+            raise CheckpointError(f"{self.path}: tensor {name!r}: {planned} was planned, {dtype} {shape} came")
+        if name in self._written:
+            raise CheckpointError(f"{self.path}: tensor {name!r} came twice")
+        self._written.add(name)
+        return slot
+
+    def write(self, name: str, dtype: str, shape: tuple[int, ...], pieces: Iterable[bytes | memoryview]) -> int:
+        """Put one tensor's bytes in their place and return their number.
+
+        Raises:
+            CheckpointError: it was not planned so.
+            StorageFullError: the disk is full.
+        """
+        slot = self._slot(name, dtype, shape)
+        if slot.shape is None:
+            text = b"".join(bytes(piece) for piece in pieces)
+            if len(text) > slot.limit:
+                raise CheckpointError(f"{self.path}: tensor {name!r}: {len(text)} bytes, at most {slot.limit} planned")
+            self._texts[name] = text
+            return len(text)
+        done = 0
+        with full_disk_names(self.path):
+            self._file.seek(8 + self._header_size + self._offsets[name])
+        for piece in pieces:
+            with full_disk_names(self.path):
+                write_all(self._file, piece)
+            done += len(piece)
+        if done != slot.nbytes:
+            raise CheckpointError(f"{self.path}: tensor {name!r}: {done} bytes came, {slot.nbytes} planned")
+        return done
+
+    def finish(self) -> None:
+        """Write the texts and the header and sync the file; every planned tensor must have come."""
+        left = sorted(self._slots.keys() - self._written)
+        if left:
+            raise CheckpointError(f"{self.path}: tensor {left[0]!r} was never written")
+        entries = {}
+        for name, begin in self._offsets.items():
+            slot = self._slots[name]
+            entries[name] = self._entry(slot, begin, begin + slot.nbytes)
+        at = self._texts_at
+        for name, text in self._texts.items():
+            entries[name] = {
+                "dtype": self._slots[name].dtype,
+                "shape": [len(text)],
+                "data_offsets": [at, at + len(text)],
+            }
+            at += len(text)
+        header = self._header(entries).ljust(self._header_size)
+        with full_disk_names(self.path):
+            self._file.seek(8 + self._header_size + self._texts_at)
+            write_all(self._file, b"".join(self._texts.values()))
+            self._file.seek(0)
+            write_all(self._file, self._header_size.to_bytes(8, "little") + header)
+        self.staging.close(self.name)
