@@ -1,0 +1,274 @@
+// The extension: addresses and sizes in, exceptions out, the GIL released while a kernel runs. It never sees torch.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "core/check.h"
+#include "core/kernels.h"
+#include "core/parallel.h"
+#include "cpu/choose.h"
+#include "cpu/dispatch.h"
+
+namespace py = pybind11;
+using namespace nybble;
+using Address = uintptr_t;
+
+namespace {
+
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// A NaN or an infinity in what was to be quantized; Python adds the tensor's name.
+struct NonFinite : std::runtime_error {
+  explicit NonFinite(int64_t at) : std::runtime_error(std::to_string(at)) {}
+};
+
+void raise_unless_ok(const Status& status) {
+  switch (status.code) {
+    case Code::ok: return;
+    case Code::non_finite: throw NonFinite(status.value);
+    case Code::out_of_memory: throw std::bad_alloc();
+    case Code::bad_argument:
+      throw py::value_error(std::string(status.what) + " is out of range or null: got " + std::to_string(status.value));
+  }
+}
+
+const KernelTable& kernels() {
+  const KernelTable* table = cpu::active();
+  if (table != nullptr) return *table;
+  std::string known;
+  for (const std::string& name : cpu::isas()) known += (known.empty() ? "" : ", ") + name;
+  throw py::value_error("NYBBLE_FORCE_ISA=" + cpu::forced_isa() + " names no instruction set of this machine; it has: " +
+                        known);
+}
+
+template <class Args>
+void run(Status (*KernelTable::*entry)(const Args&), const Args& args) {
+  const KernelTable& table = kernels();
+  raise_unless_ok(check(args));
+  Status status;
+  {
+    py::gil_scoped_release released;
+    status = (table.*entry)(args);
+  }
+  raise_unless_ok(status);
+}
+
+// (absmax, nested_absmax, nested_map, offset, nested_block_size); nested_absmax = 0: absmax is plain fp32.
+BlockScales block_scales(Address absmax, Address nested_absmax, Address nested_map, float offset, int64_t nested_block) {
+  BlockScales scales;
+  if (nested_absmax == 0) {
+    scales.plain = pointer<const float>(absmax);
+  } else {
+    scales.codes = pointer<const uint8_t>(absmax);
+    scales.nested = pointer<const float>(nested_absmax);
+    scales.map = pointer<const float>(nested_map);
+    scales.offset = offset;
+    scales.nested_block = nested_block;
+  }
+  return scales;
+}
+
+void quantize_4bit(Address x, int dtype, int64_t count, int64_t block_size, Address codebook, int search, Address packed,
+                   Address absmax, int threads) {
+  Quantize4Args args;
+  args.x = pointer<const void>(x);
+  args.dtype = static_cast<DType>(dtype);
+  args.count = count;
+  args.block_size = block_size;
+  args.codebook = pointer<const float>(codebook);
+  args.search = static_cast<Search>(search);
+  args.packed = pointer<uint8_t>(packed);
+  args.absmax = pointer<float>(absmax);
+  args.threads = threads;
+  run(&KernelTable::quantize_4bit, args);
+}
+
+void dequantize_4bit(Address packed, Address absmax, Address nested_absmax, Address nested_map, float offset,
+                     int64_t nested_block, Address codebook, int64_t block_size, int64_t count, Address out, int dtype,
+                     int threads) {
+  Dequantize4Args args;
+  args.source.packed = pointer<const uint8_t>(packed);
+  args.source.codebook = pointer<const float>(codebook);
+  args.source.block_size = block_size;
+  args.source.scales = block_scales(absmax, nested_absmax, nested_map, offset, nested_block);
+  args.count = count;
+  args.out = pointer<void>(out);
+  args.dtype = static_cast<DType>(dtype);
+  args.threads = threads;
+  run(&KernelTable::dequantize_4bit, args);
+}
+
+void quantize_8bit(Address x, int dtype, int64_t count, int64_t block_size, Address map, Address codes, Address absmax,
+                   int threads) {
+  Quantize8Args args;
+  args.x = pointer<const void>(x);
+  args.dtype = static_cast<DType>(dtype);
+  args.count = count;
+  args.block_size = block_size;
+  args.map = pointer<const float>(map);
+  args.codes = pointer<uint8_t>(codes);
+  args.absmax = pointer<float>(absmax);
+  args.threads = threads;
+  run(&KernelTable::quantize_8bit, args);
+}
+
+void dequantize_8bit(Address codes, Address absmax, Address map, int64_t count, int64_t block_size, Address out, int dtype,
+                     int threads) {
+  Dequantize8Args args;
+  args.codes = pointer<const uint8_t>(codes);
+  args.absmax = pointer<const float>(absmax);
+  args.map = pointer<const float>(map);
+  args.count = count;
+  args.block_size = block_size;
+  args.out = pointer<void>(out);
+  args.dtype = static_cast<DType>(dtype);
+  args.threads = threads;
+  run(&KernelTable::dequantize_8bit, args);
+}
+
+void quantize_int8(Address x, int dtype, int64_t rows, int64_t cols, Address q, Address absmax, int threads) {
+  QuantizeRowsArgs args;
+  args.x = pointer<const void>(x);
+  args.dtype = static_cast<DType>(dtype);
+  args.rows = rows;
+  args.cols = cols;
+  args.q = pointer<int8_t>(q);
+  args.absmax = pointer<float>(absmax);
+  args.threads = threads;
+  run(&KernelTable::quantize_int8, args);
+}
+
+void dequantize_int8(Address q, Address absmax, int64_t rows, int64_t cols, Address out, int dtype, int threads) {
+  DequantizeRowsArgs args;
+  args.source = {pointer<const int8_t>(q), pointer<const float>(absmax)};
+  args.rows = rows;
+  args.cols = cols;
+  args.out = pointer<void>(out);
+  args.dtype = static_cast<DType>(dtype);
+  args.threads = threads;
+  run(&KernelTable::dequantize_int8, args);
+}
+
+// The address of a weight that lives as long as Python holds it: built once a layer, so a call passes one object.
+class WeightHandle {
+ public:
+  static WeightHandle four_bit(Address packed, Address absmax, Address nested_absmax, Address nested_map, float offset,
+                               int64_t nested_block, Address codebook, int64_t block_size, int64_t rows, int64_t cols) {
+    WeightHandle handle;
+    handle.weight.rows = rows;
+    handle.weight.cols = cols;
+    handle.weight.packed4.packed = pointer<const uint8_t>(packed);
+    handle.weight.packed4.codebook = pointer<const float>(codebook);
+    handle.weight.packed4.block_size = block_size;
+    handle.weight.packed4.scales = block_scales(absmax, nested_absmax, nested_map, offset, nested_block);
+    return handle;
+  }
+
+  static WeightHandle int8_rows(Address q, Address absmax, int64_t rows, int64_t cols) {
+    WeightHandle handle;
+    handle.weight.rows = rows;
+    handle.weight.cols = cols;
+    handle.weight.rows8 = {pointer<const int8_t>(q), pointer<const float>(absmax)};
+    return handle;
+  }
+
+  Weight weight;
+};
+
+void linear(const WeightHandle& handle, bool grad_input, Address x, int64_t x_stride, int64_t m, int dtype, Address side,
+            int side_dtype, Address side_weight, int side_weight_dtype, int64_t rank, Address bias, int bias_dtype,
+            Address out, int threads) {
+  const KernelTable& table = kernels();
+  LinearArgs args;
+  args.weight = handle.weight;
+  args.grad_input = grad_input;
+  args.x = pointer<const void>(x);
+  args.x_stride = x_stride;
+  args.m = m;
+  args.dtype = static_cast<DType>(dtype);
+  args.side = {pointer<const void>(side), static_cast<DType>(side_dtype), pointer<const void>(side_weight),
+               static_cast<DType>(side_weight_dtype), rank};
+  args.bias = pointer<const void>(bias);
+  args.bias_dtype = static_cast<DType>(bias_dtype);
+  args.out = pointer<void>(out);
+  args.threads = threads;
+  raise_unless_ok(check(args));
+  const cpu::Choice choice = cpu::choose_linear(table, args);
+  Status status;
+  {
+    py::gil_scoped_release released;
+    status = choice.run(args);
+  }
+  raise_unless_ok(status);
+}
+
+py::dict explain_linear(int64_t rows, int64_t cols, int64_t m, int dtype, bool int8, bool grad_input) {
+  const KernelTable& table = kernels();
+  static const int8_t some_byte = 0;
+  LinearArgs args;
+  args.weight.rows = rows;
+  args.weight.cols = cols;
+  if (int8) args.weight.rows8.q = &some_byte;
+  args.m = m;
+  args.dtype = static_cast<DType>(dtype);
+  args.grad_input = grad_input;
+  const cpu::Choice choice = cpu::choose_linear(table, args);
+  py::dict result;
+  result["kernel"] = choice.kernel;
+  result["isa"] = table.isa;
+  result["compute"] = choice.compute;
+  result["reason"] = choice.reason;
+  return result;
+}
+
+std::string set_active_isa(const std::string& name) {
+  const std::string previous = kernels().isa;
+  if (!cpu::set_active(name)) {
+    std::string known;
+    for (const std::string& each : cpu::isas()) known += (known.empty() ? "" : ", ") + each;
+    throw py::value_error("isa: this machine cannot run '" + name + "'; it has: " + known);
+  }
+  return previous;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "nybble's compiled core: raw addresses, sizes and thread counts; dtype codes 0 fp32, 1 fp16, 2 bf16.";
+  py::register_exception<NonFinite>(m, "NonFiniteBlock", PyExc_ValueError);
+
+  m.def("isas", &cpu::isas);
+  m.def("active_isa", [] { return std::string(kernels().isa); });
+  m.def("set_active_isa", &set_active_isa, py::arg("name"));
+  m.def("quantize_4bit", &quantize_4bit, py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("block_size"),
+        py::arg("codebook"), py::arg("search"), py::arg("packed"), py::arg("absmax"), py::arg("threads"));
+  m.def("dequantize_4bit", &dequantize_4bit, py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),
+        py::arg("nested_map"), py::arg("offset"), py::arg("nested_block_size"), py::arg("codebook"),
+        py::arg("block_size"), py::arg("count"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
+  m.def("quantize_8bit", &quantize_8bit, py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("block_size"),
+        py::arg("map"), py::arg("codes"), py::arg("absmax"), py::arg("threads"));
+  m.def("dequantize_8bit", &dequantize_8bit, py::arg("codes"), py::arg("absmax"), py::arg("map"), py::arg("count"),
+        py::arg("block_size"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
+  m.def("quantize_int8", &quantize_int8, py::arg("x"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("q"),
+        py::arg("absmax"), py::arg("threads"));
+  m.def("dequantize_int8", &dequantize_int8, py::arg("q"), py::arg("absmax"), py::arg("rows"), py::arg("cols"),
+        py::arg("out"), py::arg("dtype"), py::arg("threads"));
+
+  py::class_<WeightHandle>(m, "Weight", "Addresses of a quantized weight; whoever holds it keeps the tensors alive.")
+      .def_static("four_bit", &WeightHandle::four_bit, py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),
+                  py::arg("nested_map"), py::arg("offset"), py::arg("nested_block_size"), py::arg("codebook"),
+                  py::arg("block_size"), py::arg("rows"), py::arg("cols"))
+      .def_static("int8_rows", &WeightHandle::int8_rows, py::arg("q"), py::arg("absmax"), py::arg("rows"),
+                  py::arg("cols"));
+  m.def("linear", &linear, py::arg("weight"), py::arg("grad_input"), py::arg("x"), py::arg("x_stride"), py::arg("m"),
+        py::arg("dtype"), py::arg("side"), py::arg("side_dtype"), py::arg("side_weight"), py::arg("side_weight_dtype"),
+        py::arg("rank"), py::arg("bias"), py::arg("bias_dtype"), py::arg("out"), py::arg("threads"));
+  m.def("explain_linear", &explain_linear, py::arg("rows"), py::arg("cols"), py::arg("m"), py::arg("dtype"),
+        py::arg("int8"), py::arg("grad_input"));
+}

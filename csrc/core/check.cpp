@@ -1,0 +1,110 @@
+#include "core/check.h"
+
+#include <initializer_list>
+
+namespace nybble {
+
+namespace {
+
+constexpr int64_t kMaxElements = int64_t{1} << 46;  // keeps every byte offset far from overflow
+
+Status non_null(const void* pointer, int64_t count, const char* what) {
+  return pointer == nullptr && count > 0 ? bad_argument(what, 0) : success();
+}
+
+Status in_range(int64_t value, int64_t low, int64_t high, const char* what) {
+  return value < low || value > high ? bad_argument(what, value) : success();
+}
+
+Status valid_dtype(DType dtype, const char* what) { return in_range(static_cast<int64_t>(dtype), 0, 2, what); }
+
+// The first failure of a list of checks.
+Status first(std::initializer_list<Status> checks) {
+  for (const Status& status : checks) {
+    if (!status.ok()) return status;
+  }
+  return success();
+}
+
+Status block_size_ok(int64_t block_size) {
+  return valid_block_size(block_size) ? success() : bad_argument("block_size", block_size);
+}
+
+}  // namespace
+
+Status check(const Packed4& weight, int64_t count) {
+  const BlockScales& scales = weight.scales;
+  const bool nested = scales.plain == nullptr;
+  return first({in_range(count, 0, kMaxElements, "count"), block_size_ok(weight.block_size),
+                non_null(weight.packed, count, "packed"), non_null(weight.codebook, 1, "codebook"),
+                nested ? non_null(scales.codes, count, "absmax") : success(),
+                nested ? non_null(scales.nested, count, "nested_absmax") : success(),
+                nested ? non_null(scales.map, count, "nested_map") : success(),
+                in_range(scales.nested_block, 1, kMaxElements, "nested_block_size")});
+}
+
+Status check(const Quantize4Args& args) {
+  return first({in_range(args.count, 0, kMaxElements, "count"), valid_dtype(args.dtype, "dtype"),
+                block_size_ok(args.block_size), non_null(args.x, args.count, "x"),
+                non_null(args.codebook, 1, "codebook"), non_null(args.packed, args.count, "packed"),
+                non_null(args.absmax, args.count, "absmax"),
+                in_range(static_cast<int64_t>(args.search), 0, 1, "search"), in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const Dequantize4Args& args) {
+  return first({check(args.source, args.count), valid_dtype(args.dtype, "dtype"),
+                non_null(args.out, args.count, "out"), in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const Quantize8Args& args) {
+  return first({in_range(args.count, 0, kMaxElements, "count"), valid_dtype(args.dtype, "dtype"),
+                in_range(args.block_size, 1, kMaxElements, "block_size"), non_null(args.x, args.count, "x"),
+                non_null(args.map, 1, "map"), non_null(args.codes, args.count, "codes"),
+                non_null(args.absmax, args.count, "absmax"), in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const Dequantize8Args& args) {
+  return first({in_range(args.count, 0, kMaxElements, "count"), valid_dtype(args.dtype, "dtype"),
+                in_range(args.block_size, 1, kMaxElements, "block_size"), non_null(args.codes, args.count, "codes"),
+                non_null(args.absmax, args.count, "absmax"), non_null(args.map, 1, "map"),
+                non_null(args.out, args.count, "out"), in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const QuantizeRowsArgs& args) {
+  const int64_t count = args.rows > 0 && args.cols > 0 ? 1 : 0;
+  return first({in_range(args.rows, 0, kMaxElements, "rows"), in_range(args.cols, 0, kMaxElements, "cols"),
+                valid_dtype(args.dtype, "dtype"), non_null(args.x, count, "x"), non_null(args.q, count, "q"),
+                non_null(args.absmax, args.rows, "absmax"), in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const DequantizeRowsArgs& args) {
+  const int64_t count = args.rows > 0 && args.cols > 0 ? 1 : 0;
+  return first({in_range(args.rows, 0, kMaxElements, "rows"), in_range(args.cols, 0, kMaxElements, "cols"),
+                valid_dtype(args.dtype, "dtype"), non_null(args.source.q, count, "q"),
+                non_null(args.source.absmax, args.rows, "absmax"), non_null(args.out, count, "out"),
+                in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const LinearArgs& args) {
+  const Weight& weight = args.weight;
+  const int64_t rows = weight.rows;
+  const int64_t cols = weight.cols;
+  const Status sizes = first({in_range(rows, 0, kMaxElements, "out_features"), in_range(cols, 0, kMaxElements, "in_features"),
+                              in_range(args.m, 0, kMaxElements, "m"), valid_dtype(args.dtype, "dtype"),
+                              in_range(args.side.rank, 0, kMaxElements, "rank"),
+                              in_range(args.threads, 1, 4096, "threads")});
+  if (!sizes.ok()) return sizes;
+  const int64_t count = rows > 0 && cols > kMaxElements / rows ? -1 : rows * cols;
+  if (count < 0) return bad_argument("in_features", cols);
+  const int64_t rank = args.side.rank;
+  return first({weight.is_int8() ? non_null(weight.rows8.absmax, rows, "absmax") : check(weight.packed4, count),
+                non_null(args.x, args.m * args.contraction(), "x"),
+                args.m > 1 ? in_range(args.x_stride, args.contraction(), kMaxElements, "x_stride") : success(),
+                non_null(args.out, args.m * args.columns(), "out"), non_null(args.side.left, args.m * rank, "side"),
+                non_null(args.side.right, rank * args.columns(), "side_weight"),
+                valid_dtype(args.side.left_dtype, "side.dtype"), valid_dtype(args.side.right_dtype, "side_weight.dtype"),
+                valid_dtype(args.bias_dtype, "bias.dtype"),
+                args.grad_input && args.bias != nullptr ? bad_argument("bias", 1) : success()});
+}
+
+}  // namespace nybble

@@ -1,0 +1,16 @@
+// The sizes once more, in C++, before any kernel touches memory. Python has already checked dtypes and devices.
+#pragma once
+#include "core/kernels.h"
+
+namespace nybble {
+
+Status check(const Packed4& weight, int64_t count);
+Status check(const Quantize4Args& args);
+Status check(const Dequantize4Args& args);
+Status check(const Quantize8Args& args);
+Status check(const Dequantize8Args& args);
+Status check(const QuantizeRowsArgs& args);
+Status check(const DequantizeRowsArgs& args);
+Status check(const LinearArgs& args);
+
+}  // namespace nybble

@@ -1,0 +1,31 @@
+// AVX2 with FMA and F16C: Haswell (2013), Zen and later.
+#include "cpu/tables.h"
+
+#if NYBBLE_X86
+#include <immintrin.h>
+
+#include <cstring>
+
+#include "core/half.h"
+#include "core/parallel.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+#define NYBBLE_ISA_NAME "avx2"
+#define NYBBLE_ISA_BF16_DOT false
+
+namespace nybble::cpu::avx2 {
+#include "cpu/simd_avx2.h"
+#include "cpu/codec.inl"
+#include "cpu/linear_panel.inl"
+#include "cpu/linear_small_m.inl"
+#include "cpu/table.inl"
+}  // namespace nybble::cpu::avx2
+
+#include "cpu/target_end.h"
+#endif
