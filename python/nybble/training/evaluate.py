@@ -1,0 +1,85 @@
+"""Perplexity over fixed windows of a text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from nybble.training.loss import CausalLoss
+
+
+def perplexity(
+    model: nn.Module,
+    tokens: Tensor | list[int],
+    window: int = 512,
+    *,
+    batch_size: int = 1,
+    chunk: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """exp of the mean -log p over the predicted tokens of `tokens` [n], cut into non-overlapping windows.
+
+    Each window is seen alone, so its first token is not predicted: window - 1 predictions each. An incomplete last
+    window is left out, as is usual, so that every prediction has the same range of context lengths. The model keeps
+    its own dtypes and is left in the mode (train or eval) it was in. progress(done, windows) follows each batch.
+
+    Raises ValueError when there is not one whole window or a window is longer than the model's context.
+    """
+    tokens = torch.as_tensor(tokens, dtype=torch.int64).flatten()
+    if window < 2:
+        raise ValueError(f"window must be at least 2 tokens, got {window}")
+    check_length(model, window, "window")
+    count = tokens.numel() // window
+    if count == 0:
+        raise ValueError(
+            f"tokens: {tokens.numel()} are fewer than one window of {window}; give more text or a smaller one"
+        )
+    rows = tokens[: count * window].view(count, window)
+    return math.exp(mean_loss(model, rows, batch_size=batch_size, chunk=chunk, progress=progress))
+
+
+def mean_loss(
+    model: nn.Module,
+    rows: Tensor,
+    *,
+    batch_size: int = 1,
+    chunk: int = 256,
+    progress: Callable[[int, int], None] | None = None,
+) -> float:
+    """Mean -log p (nats) over the tokens of rows [n, T] but the first of each, in eval mode and without gradients."""
+    check_vocabulary(model, rows, "tokens")
+    device = next(model.parameters()).device
+    loss = CausalLoss(model, chunk)
+    total = 0.0
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, rows.shape[0], batch_size):
+                batch = rows[start : start + batch_size].to(device)
+                total += float(loss(batch[:, :-1], batch[:, 1:]))
+                if progress is not None:
+                    progress(min(start + batch_size, rows.shape[0]), rows.shape[0])
+    finally:
+        model.train(training)
+    return total / (rows.shape[0] * (rows.shape[1] - 1))
+
+
+def check_length(model: nn.Module, length: int, name: str) -> None:
+    """Raise ValueError when `length` tokens are more than the model's configuration says it can take."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if isinstance(limit, int) and length > limit:
+        raise ValueError(f"{name}={length} is longer than the model's context (max_position_embeddings={limit})")
+
+
+def check_vocabulary(model: nn.Module, ids: Tensor, name: str) -> None:
+    """Raise ValueError when a token id is outside the model's vocabulary (another model's tokenizer, most often)."""
+    size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(size, int) and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+        raise ValueError(
+            f"{name}: token ids run from {int(ids.min())} to {int(ids.max())}, "
+            f"the model's vocabulary has {size}; is it the model's own tokenizer?"
+        )

@@ -1,0 +1,106 @@
+"""What a run shows and writes while it goes on: metrics.jsonl, a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Most memory this process has held so far, in bytes: allocated by torch on a CUDA device, resident on the CPU.
+
+    The resident set counts file pages that are mapped, such as a checkpoint's. None where the platform cannot say.
+    """
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def memory_bytes(device: torch.device | str = "cpu") -> int | None:
+    """Memory held now, in bytes, as `peak_memory_bytes` counts it; its peak where only that is known."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.current_allocated_memory()
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return peak_memory_bytes("cpu")
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def format_memory(count: int | None) -> str:
+    """1_500_000_000 -> "1.50 GB"; None -> "unknown"."""
+    from nybble.checkpoint.report import format_bytes
+
+    return "unknown" if count is None else format_bytes(count)
+
+
+class MetricsFile:
+    """metrics.jsonl: one JSON object a line, on disk as soon as it is written. With no path it writes nothing."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._file: IO[str] | None = None if path is None else path.open("w", encoding="utf-8")
+
+    def write(self, kind: str, **values: Any) -> None:
+        if self._file is not None:
+            self._file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class Display:
+    """Loss, tokens/s, memory and time left: a live bar on a terminal, one line every log_every steps elsewhere."""
+
+    def __init__(self, total_steps: int, log_every: int, enabled: bool = True, console: Console | None = None) -> None:
+        self.console = console or Console(stderr=True)
+        self.total_steps = total_steps
+        self.log_every = log_every
+        self.enabled = enabled
+        self._started = time.perf_counter()
+        self._live = enabled and self.console.is_terminal
+        columns = (BarColumn(bar_width=24), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=self.console, disable=not self._live)
+        self._task = self._progress.add_task("starting", total=total_steps)
+
+    def __enter__(self) -> Display:
+        self._started = time.perf_counter()
+        self._progress.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._progress.stop()
+
+    def step(self, step: int, loss: float, tokens_per_second: float, memory: int | None) -> None:
+        """After step number `step` (1 is the first)."""
+        speed, held = f"{tokens_per_second:,.0f} tokens/s", format_memory(memory)
+        text = f"step {step}/{self.total_steps}  loss {loss:.4f}  {speed}  {held}"
+        if self._live:
+            self._progress.update(self._task, completed=step, description=text)
+        elif step == 1 or step % self.log_every == 0 or step == self.total_steps:
+            left = (time.perf_counter() - self._started) / step * (self.total_steps - step)
+            self.say(f"{text}  {left:,.0f} s left")
+
+    def say(self, text: str) -> None:
+        """One line of its own, above the bar if there is one."""
+        if self.enabled:
+            self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
