@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from ..errors import CheckpointError
 from ..tensor import QuantTensor
-from .bnb import Groups, group, prefix_of, source_quantization
+from .bnb import Groups, group, module_of, prefix_of, source_quantization
 from .files import TORCH_DTYPES, Source, open_source
 
 if TYPE_CHECKING:
@@ -93,33 +93,64 @@ def _skeleton(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedMo
     return model
 
 
+class Names:
+    """From a file's tensor names to the model's: with or without the base model's prefix, and as transformers renames.
+
+    transformers 5 keeps files' names where a class has changed and renames while loading (`embed_out` to `lm_head`);
+    earlier versions have no such table.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._prefix = getattr(model, "base_model_prefix", "") or ""
+        self._renamings: list[Any] = []
+        self._converters: list[Any] = []
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import WeightRenaming
+        except ImportError:
+            return
+        for transform in get_model_conversion_mapping(model):
+            (self._renamings if isinstance(transform, WeightRenaming) else self._converters).append(transform)
+
+    def _renamed(self, key: str) -> str:
+        for transform in self._renamings:
+            key = transform.rename_source_key(key)[0]
+        return key
+
+    def is_fused(self, key: str) -> bool:
+        """Whether transformers builds one parameter of its own from this tensor and others (experts, fused gates)."""
+        return any(transform.rename_source_key(self._renamed(key))[1] is not None for transform in self._converters)
+
+    def _candidates(self, key: str) -> Iterator[str]:
+        for name in (key, self._renamed(key)):
+            yield name
+            if self._prefix:
+                yield f"{self._prefix}.{name}"
+                yield name.removeprefix(f"{self._prefix}.")
+
+    def resolve(self, key: str, known: Collection[str]) -> str | None:
+        """The one of `known` that a file's `key` is, or None."""
+        return next((name for name in self._candidates(key) if name in known), None)
+
+    def resolve_module(self, module: str, known: Collection[str]) -> str | None:
+        """The same for the path of a module with a weight; `known` are paths too."""
+        paths = map(module_of, self._candidates(f"{prefix_of(module)}weight"))
+        return next((path for path in paths if path in known), None)
+
+
 @dataclass
 class Architecture:
     """What a model class says of its modules, by module path.
 
     `linear`: plain nn.Linear; `transposed`: transformers' Conv1D; `keep`: linear ones that must not be quantized, with
-    the reason; `modules`: all that have a weight.
+    the reason; `modules`: all that have a weight; `names`: from a file's names to these.
     """
 
+    names: Names
     linear: set[str] = field(default_factory=set)
     transposed: set[str] = field(default_factory=set)
     keep: dict[str, str] = field(default_factory=dict)
     modules: set[str] = field(default_factory=set)
-    base_prefix: str = ""
-
-    def resolve(self, module: str) -> str | None:
-        """The model's path for a file's module path, which may have the base model's prefix or lack it."""
-        return _resolve(module, self.modules, self.base_prefix)
-
-
-def _resolve(name: str, known: set[str], base_prefix: str) -> str | None:
-    if name in known:
-        return name
-    if base_prefix:
-        for other in (f"{base_prefix}.{name}", name.removeprefix(f"{base_prefix}.")):
-            if other in known:
-                return other
-    return None
 
 
 def describe(directory: Path) -> Architecture:
@@ -130,7 +161,7 @@ def describe(directory: Path) -> Architecture:
         CheckpointError: config.json names a model that transformers cannot build.
     """
     model = _skeleton(directory)
-    result = Architecture(base_prefix=getattr(model, "base_model_prefix", "") or "")
+    result = Architecture(Names(model))
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -178,9 +209,10 @@ def load(
     if not groups.quantized:
         return _load_plain(source, dtype, device)
     model = _skeleton(source.root, dtype)
+    names = Names(model)
     with _Reader(source, device) as reader:
-        _place_quantized(model, groups, reader)
-        _place_plain(model, groups, reader)
+        _place_quantized(model, names, groups, reader)
+        _place_plain(model, names, groups, reader)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and buffer.device.type != "meta":
@@ -226,17 +258,16 @@ class _Reader:
         return f"{self.source.tensors[name].path}: tensor {name!r}"
 
 
-def _place_quantized(model: PreTrainedModel, groups: Groups, reader: _Reader) -> None:
+def _place_quantized(model: PreTrainedModel, names: Names, groups: Groups, reader: _Reader) -> None:
     from ..nn import QuantLinear
 
     linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     known = {name for name, _ in model.named_modules()}
-    prefix = getattr(model, "base_model_prefix", "") or ""
     bias_keys = set()
     plain = set(groups.plain)
     for module, members in groups.quantized.items():
         where = reader.where(members["weight"])
-        path = _resolve(module, known, prefix)
+        path = names.resolve_module(module, known)
         if path is None or path not in linear:
             what = "no module" if path is None else f"a {type(model.get_submodule(path)).__name__}, not a Linear,"
             raise CheckpointError(
@@ -289,17 +320,16 @@ def _places(model: nn.Module) -> list[list[Place]]:
     return list(places.values())
 
 
-def _place_plain(model: PreTrainedModel, groups: Groups, reader: _Reader) -> None:
+def _place_plain(model: PreTrainedModel, names: Names, groups: Groups, reader: _Reader) -> None:
     """Give every parameter and persistent buffer its tensor; errors list what is missing and what is left over."""
     places = _places(model)
     parameters = {full for shared in places for full, _, _ in shared}
     buffers = dict(model.named_buffers())
     known = parameters | buffers.keys()
-    prefix = getattr(model, "base_model_prefix", "") or ""
     values: dict[str, Tensor] = {}
     unexpected = []
     for key in groups.plain:
-        path = _resolve(key, known, prefix)
+        path = names.resolve(key, known)
         if path is None:
             unexpected.append(key)
         elif path in parameters:
@@ -320,6 +350,8 @@ def _place_plain(model: PreTrainedModel, groups: Groups, reader: _Reader) -> Non
             (unexpected, "tensors the model does not have"),
         ]
         parts = [f"{len(n)} {what}: {', '.join(n[:4])}{' ...' if len(n) > 4 else ''}" for n, what in lists if n]
+        if any(names.is_fused(key) for key in unexpected):
+            parts.append("transformers fuses some of these while loading, which is not supported here")
         raise CheckpointError(f"{reader.source.root}: does not fit {type(model).__name__}: {'; '.join(parts)}")
 
 

@@ -7,7 +7,6 @@ normalization or router, or its model type keeps weights transposed.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -96,30 +95,38 @@ def select(source: Source, config: QuantConfig) -> Selection:
     result = Selection()
     architecture = _architecture(source, result.notes)
     model_type = (source.config() or {}).get("model_type")
-    resolve: Callable[[str], str | None] = architecture.resolve if architecture else lambda module: None
-    modules, by_name = {}, 0
+    modules, by_name, fused = {}, 0, 0
     for name, info in source.tensors.items():
         if len(info.shape) != 2 or info.numel == 0 or (name != "weight" and not name.endswith(".weight")):
             continue
         module = module_of(name)
-        known = resolve(module)
+        known = architecture.names.resolve_module(module, architecture.modules) if architecture else None
         if architecture is not None and known is not None:
             linear = known in architecture.linear
+        elif architecture is not None and architecture.names.is_fused(name):
+            linear = False
+            fused += 1
         else:
             linear = is_linear_by_name(module, model_type)
             by_name += architecture is not None and linear
         if linear:
             modules[name] = known or module
     _check_patterns(config, list(modules.values()))
+    left_out: dict[str, list[str]] = {}
     for name, module in modules.items():
         setting = config.for_module(module)
         dtype = source.tensors[name].dtype
         if setting is not None and architecture is not None and module in architecture.keep:
-            result.notes.append(f"{name} was left as it is: {architecture.keep[module]}")
+            left_out.setdefault(architecture.keep[module], []).append(name)
         elif setting is not None and dtype not in QUANTIZABLE_DTYPES:
-            result.notes.append(f"{name} was left as it is: its dtype is {dtype}")
+            left_out.setdefault(f"its dtype is {dtype}", []).append(name)
         elif setting is not None:
             result.settings[name] = setting
+    for reason, names in left_out.items():
+        more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        result.notes.append(f"{names[0]}{more} left as it is: {reason}")
+    if fused:
+        result.notes.append(f"{fused} weights left as they are: transformers fuses them while loading (experts)")
     if by_name:
         result.notes.append(f"{by_name} linear weights have no counterpart in the model class: their names decided")
     if not result.settings:
