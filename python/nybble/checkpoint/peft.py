@@ -162,10 +162,11 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str]) -> None:
     """
     directory = Path(directory)
     settings = _read_settings(directory)
-    infos = _adapter_tensors(directory / WEIGHTS_NAME)
+    infos, others = _adapter_tensors(directory / WEIGHTS_NAME)
     linears = dict(_linears(model))
     _check_targets(directory, settings, infos, linears)
     ranks = {path: _checked_rank(path, pair, settings, linears[path]) for path, pair in infos.items()}
+    _check_base_weights(model, others)
     layers = lora_layers(model)
     if not layers:
         _add_layers(model, settings, ranks)
@@ -215,24 +216,42 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _adapter_tensors(path: Path) -> dict[str, dict[str, TensorInfo]]:
-    """{module path: {"lora_A": ..., "lora_B": ...}} of the file; anything else in it is an error."""
-    result: dict[str, dict[str, TensorInfo]] = {}
+def _adapter_tensors(path: Path) -> tuple[dict[str, dict[str, TensorInfo]], dict[str, TensorInfo]]:
+    """{module path: {"lora_A": ..., "lora_B": ...}} of the file, and its other weights by module path."""
+    pairs: dict[str, dict[str, TensorInfo]] = {}
+    others: dict[str, TensorInfo] = {}
     for name, info in read_header(path)[0].items():
-        module, _, part = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".")
-        if not name.startswith(_PREFIX) or part not in {"lora_A", "lora_B"} or not name.endswith(".weight"):
-            raise CheckpointError(
-                f"{path}: tensor {name!r} is not the lora_A.weight or lora_B.weight of a linear layer"
-            )
-        result.setdefault(module, {})[part] = info
-    for module, pair in result.items():
+        if not name.startswith(_PREFIX) or not name.endswith(".weight"):
+            raise CheckpointError(f"{path}: tensor {name!r} is not a weight of an adapter for linear layers")
+        module = name.removeprefix(_PREFIX).removesuffix(".weight")
+        owner, _, part = module.rpartition(".")
+        if part in {"lora_A", "lora_B"}:
+            pairs.setdefault(owner, {})[part] = info
+        else:
+            others[module.removesuffix(".base_layer")] = info
+    for module, pair in pairs.items():
         if len(pair) != 2:
             raise CheckpointError(
                 f"{path}: {module}: only {', '.join(pair)} is there, both lora_A and lora_B are needed"
             )
-    if not result:
-        raise CheckpointError(f"{path}: holds no tensor")
-    return result
+    if not pairs:
+        raise CheckpointError(f"{path}: holds no LoRA tensor")
+    return pairs, others
+
+
+def _check_base_weights(model: nn.Module, others: dict[str, TensorInfo]) -> None:
+    """PEFT adds copies of the base's embeddings when an adapter is on one; they must be what the model has."""
+    modules = dict(model.named_modules())
+    for path, info in others.items():
+        module = modules.get(path)
+        module = module.base if isinstance(module, LoRALinear) else module
+        weight = getattr(module, "weight", None)
+        if isinstance(module, QuantLinear) or not isinstance(weight, Tensor):
+            raise CheckpointError(f"{info.path}: tensor {info.name!r} is no adapter and cannot be loaded")
+        if info.shape != tuple(weight.shape) or not torch.equal(read_tensor(info).to(weight), weight):
+            raise CheckpointError(
+                f"{info.path}: tensor {info.name!r} is not the model's; changed base weights cannot be loaded"
+            )
 
 
 def _check_targets(directory: Path, settings: dict[str, Any], infos: dict[str, Any], linears: dict[str, Any]) -> None:

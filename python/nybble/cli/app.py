@@ -22,12 +22,16 @@ def build() -> typer.Typer:
     """The application with all commands registered."""
     app = typer.Typer(
         name="nybble",
-        help="4-bit and 8-bit weights for language models: quantize, run and fine-tune them on the machine you own.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
     )
+
+    @app.callback()
+    def root() -> None:
+        """4-bit and 8-bit weights for language models: quantize, run and fine-tune them on the machine you own."""
+
     for command in COMMANDS:
         command.register(app)
     return app

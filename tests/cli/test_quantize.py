@@ -1,0 +1,113 @@
+"""`nybble quantize` as a user runs it, and how the command line reports errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nybble.cli.quantize import parse_size
+
+
+def nybble(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nybble.cli.app", *map(str, arguments)]
+    env = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", **environment}
+    return subprocess.run(command, capture_output=True, text=True, env=env, check=False)
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    directory = tmp_path / "src"
+    directory.mkdir()
+    torch.manual_seed(0)
+    weights = {
+        "fc1.weight": torch.randn(64, 64),
+        "fc2.weight": torch.randn(64, 64),
+        "lm_head.weight": torch.ones(9, 64),
+    }
+    save_file(weights, directory / "model.safetensors")
+    (directory / "config.json").write_text('{"hidden_size": 64}')
+    return directory
+
+
+def test_options_reach_the_file_and_the_table_is_printed(source: Path, tmp_path: Path) -> None:
+    done = nybble(
+        "quantize", source, tmp_path / "out", "--format", "fp4", "--block-size", 128, "--no-double-quant",
+        "--search", "mse", "--skip", "lm_head", "--skip", "fc2", "--max-shard-size", "5 KB",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in ("parameters", "8,768", "4,096 (46.7%) in 1 weights", "fp4", "4.250", "mean relative error", "35.1 kB"):
+        assert text in done.stdout
+    assert "note: " in done.stdout
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["nybble"]
+    assert block == {
+        "format": "fp4", "block_size": 128, "double_quant": False, "search": "mse", "compute": None,
+        "skip": ["lm_head", "fc2"], "overrides": {},
+    }  # fmt: skip
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert [path.name for path in shards] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    assert "fc1.weight.quant_state.bitsandbytes__fp4" in load_file(shards[0])
+
+
+def test_errors_are_one_line_without_a_traceback(source: Path, tmp_path: Path) -> None:
+    cases = {
+        ("quantize", tmp_path / "absent", tmp_path / "out"): f"error: {tmp_path / 'absent'}: no such file or directory",
+        ("quantize", source, source / "out"): f"error: {source / 'out'}: the destination is the source",
+        ("quantize", source, tmp_path / "out", "--format", "nf5"): "error: format is 'nf5'; known formats are nf4, fp4",
+        ("quantize", source, tmp_path / "out", "--block-size", 48): "error: block_size is 48; allowed are 32, 64",
+        ("quantize", source, tmp_path / "out", "--skip", "q"): "error: skip: pattern 'q' matches no linear layer",
+        ("quantize", source, tmp_path / "out", "--max-shard-size", "5TB"): "error: size '5TB': a number with one of",
+    }
+    for arguments, message in cases.items():
+        done = nybble(*arguments)
+        assert done.returncode == 1
+        assert done.stderr.startswith(message)
+        assert done.stderr.count("\n") == 1
+        assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
+    done = nybble("quantize", tmp_path / "absent", tmp_path / "out", NYBBLE_TRACEBACK="1")
+    assert "Traceback" in done.stderr
+    assert done.returncode == 1
+
+
+def test_wrong_usage_exits_with_2(source: Path) -> None:
+    for arguments in (("quantize",), ("quantize", source, "out", "--no-such-option"), ("no-such-command",)):
+        done = nybble(*arguments)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_commands_and_is_quick() -> None:
+    times = []
+    for _ in range(2):
+        start = time.perf_counter()
+        done = nybble("--help")
+        times.append(time.perf_counter() - start)
+    assert done.returncode == 0
+    for command in ("quantize", "finetune", "eval", "generate", "doctor", "demo"):
+        assert command in done.stdout
+    program = "import sys, nybble.cli.app as app; app.build(); print(*{'torch', 'transformers'} & set(sys.modules))"
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert loaded == [], "heavy packages are imported inside the commands"
+    # Without torch a start takes 0.3 s; the limit leaves room for a busy machine.
+    assert min(times) < 1.5
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5e9), ("500 mb", 5e8), ("2GiB", 2**31), ("1.5KB", 1500.0), ("123", 123.0), ("7B", 7.0)]
+)
+def test_sizes(text: str, size: float) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "5 G B", "5XB", "1e9", "nan"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(ValueError, match="a number with one of"):
+        parse_size(text)
