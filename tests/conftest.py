@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from nybble import _core
+from nybble import _core, reference
+from nybble.backends import cpu
 
 # Deadlines measure the machine, not the code. The isa fixture is set once per test, not per example, which is meant.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
@@ -18,7 +21,8 @@ settings.register_profile("ci", max_examples=40, derandomize=True, print_blob=Tr
 settings.register_profile("thorough", max_examples=1000, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
-ISAS = _core.isas()
+# A forced instruction set is the only one that tests then run under.
+ISAS = [_core.active_isa()] if os.environ.get("NYBBLE_FORCE_ISA") else _core.isas()
 _covered: set[str] = set()
 
 
@@ -34,16 +38,32 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line(f"nybble ISAs covered: {covered}; present: {', '.join(ISAS)}")
 
 
+@contextmanager
+def _activated(name: str) -> Iterator[str]:
+    previous = _core.set_active_isa(name)
+    try:
+        assert _core.active_isa() == name
+        _covered.add(name)
+        yield name
+    finally:
+        _core.set_active_isa(previous)
+
+
 @pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once under every instruction set of this machine; the value is its name."""
-    previous = _core.set_active_isa(request.param)
-    try:
-        assert _core.active_isa() == request.param
-        _covered.add(request.param)
-        yield request.param
-    finally:
-        _core.set_active_isa(previous)
+    with _activated(request.param) as name:
+        yield name
+
+
+@pytest.fixture(params=["reference", *ISAS])
+def codec(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Runs the test for the specification and for the compiled backend under every ISA: modules of one signature."""
+    if request.param == "reference":
+        yield reference
+        return
+    with _activated(request.param):
+        yield cpu
 
 
 @pytest.fixture

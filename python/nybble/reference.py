@@ -80,7 +80,7 @@ def quantize_4bit(
     """
     check_float(x, name)
     check_block_size(block_size)
-    check_codebook(codebook, 16)
+    check_codebook(codebook, 16, x.device)
     if search not in ("absmax", "mse"):
         raise FormatError(f"search is {search!r}; allowed are absmax, mse")
     check_finite(x, block_size, name)
@@ -88,7 +88,7 @@ def quantize_4bit(
     blocks = to_blocks(x, block_size)
     absmax = block_absmax(blocks)
     if search == "mse":
-        absmax = mse_scales(blocks, absmax, codebook)
+        absmax = mse_scales(blocks, absmax, codebook, n)
     codes = pick_codes(blocks, absmax, codebook).reshape(-1)
     # Padding to whole blocks put zeros after the last element, so an odd tail's pad nibble is already the code of 0.
     codes = codes[: n + n % 2]
@@ -108,7 +108,8 @@ def dequantize_4bit(
         dtype: fp32, fp16 or bf16.
     """
     check_block_size(block_size)
-    check_codebook(codebook, 16)
+    check_codebook(codebook, 16, packed.device)
+    check_output_dtype(dtype)
     n = math.prod(shape)
     check_packed(packed, absmax, block_size, n)
     flat = packed.reshape(-1)
@@ -170,7 +171,7 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> 
     """
     check_float(x, name)
     check_block_size(block_size)
-    check_codebook(code, 256)
+    check_codebook(code, 256, x.device)
     check_finite(x, block_size, name)
     blocks = to_blocks(x, block_size)
     absmax = block_absmax(blocks)
@@ -180,9 +181,10 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> 
 def dequantize_8bit(q: Tensor, absmax: Tensor, code: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """The values code[q] * absmax[block], computed in fp32 and cast to `dtype`; q's shape."""
     check_block_size(block_size)
-    check_codebook(code, 256)
+    check_codebook(code, 256, q.device)
+    check_8bit(q, absmax, block_size)
+    check_output_dtype(dtype)
     n = q.numel()
-    _expect_size("absmax", absmax, math.ceil(n / block_size), f"{n} elements in blocks of {block_size}")
     scales = absmax.repeat_interleave(block_size)[:n]
     return (code[q.reshape(-1).long()] * scales).to(dtype).reshape(q.shape)
 
@@ -226,9 +228,8 @@ def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(q: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
     """The values q * scb / 127 (fp32 product, fp32 quotient), cast to `dtype`; [N, K]."""
-    if q.dim() != 2:
-        raise LayoutError(f"q has shape {tuple(q.shape)}; the int8 layout is a matrix [N, K]")
-    _expect_size("scb", scb, q.shape[0], f"{q.shape[0]} rows")
+    check_int8(q, scb)
+    check_output_dtype(dtype)
     return (q.float() * scb.unsqueeze(1) / 127.0).to(dtype)
 
 
@@ -294,8 +295,8 @@ def pick_codes(blocks: Tensor, scales: Tensor, codebook: Tensor) -> Tensor:
     return order.to(torch.uint8)[torch.bucketize(s, midpoints)]
 
 
-def mse_scales(blocks: Tensor, absmax: Tensor, codebook: Tensor) -> Tensor:
-    """Per block, the scale of least squared error among 33 sets of codes; fp32 [nb].
+def mse_scales(blocks: Tensor, absmax: Tensor, codebook: Tensor, n: int) -> Tensor:
+    """Per block, the scale of least squared error among 33 sets of codes; fp32 [nb]. Only n elements are real.
 
     Each factor f of `MSE_FACTORS` gives codes c by the rule with the scale f * absmax, for which the best scale is
     <x, c> / <c, c>, leaving the error <x, x> - <x, c>^2 / <c, c>. The best f wins (the first of equals). A block for
@@ -303,11 +304,13 @@ def mse_scales(blocks: Tensor, absmax: Tensor, codebook: Tensor) -> Tensor:
     lower the error, so it never exceeds that of absmax.
     """
     x = blocks.double()
+    # A codebook without 0 gives the padding of a partial block codes that are not 0; they must not count.
+    real = (torch.arange(blocks.numel(), device=blocks.device) < n).reshape(blocks.shape)
     best_gain = torch.zeros_like(absmax, dtype=torch.float64)
     best_scale = absmax.clone()
     for factor in MSE_FACTORS:
         codes = pick_codes(blocks, (absmax * factor).clamp(min=MIN_ABSMAX), codebook)
-        c = codebook[codes.long()].double()
+        c = codebook[codes.long()].double() * real
         xc, cc = (x * c).sum(dim=1), (c * c).sum(dim=1)
         scale = (xc / cc).float()
         gain = xc * xc / cc
@@ -318,24 +321,53 @@ def mse_scales(blocks: Tensor, absmax: Tensor, codebook: Tensor) -> Tensor:
     return best_scale
 
 
-def check_codebook(code: Tensor, entries: int) -> None:
-    """Raises LayoutError or UnsupportedDtypeError unless `code` is fp32 [entries]."""
+def check_codebook(code: Tensor, entries: int, device: torch.device | None = None) -> None:
+    """Raises LayoutError or UnsupportedDtypeError unless `code` is fp32 [entries], on `device` if that is given."""
     if code.dtype != torch.float32:
         raise UnsupportedDtypeError(f"codebook has dtype {code.dtype}; it must be float32")
     if tuple(code.shape) != (entries,):
         raise LayoutError(f"codebook has shape {tuple(code.shape)}; it must be [{entries}]")
+    if device is not None and code.device != device:
+        raise LayoutError(f"codebook is on {code.device}; it must be where the values are, on {device}")
 
 
 def check_packed(packed: Tensor, absmax: Tensor, block_size: int, n: int) -> None:
     """Raises LayoutError or UnsupportedDtypeError unless `packed` and `absmax` hold exactly n 4-bit values."""
-    if packed.dtype != torch.uint8:
-        raise UnsupportedDtypeError(f"packed has dtype {packed.dtype}; it must be uint8")
-    if absmax.dtype != torch.float32:
-        raise UnsupportedDtypeError(f"absmax has dtype {absmax.dtype}; it must be float32 (decode nested scales first)")
-    _expect_size("packed", packed, math.ceil(n / 2), f"{n} elements")
-    _expect_size("absmax", absmax, math.ceil(n / block_size), f"{n} elements in blocks of {block_size}")
+    _check_stored("packed", packed, torch.uint8, math.ceil(n / 2), f"{n} elements")
+    _check_scales(absmax, block_size, n, packed.device)
 
 
-def _expect_size(name: str, tensor: Tensor, size: int, why: str) -> None:
+def check_8bit(q: Tensor, absmax: Tensor, block_size: int) -> None:
+    """Raises LayoutError or UnsupportedDtypeError unless `q` is uint8 and `absmax` holds the scales of its blocks."""
+    _check_stored("q", q, torch.uint8, q.numel(), "")
+    _check_scales(absmax, block_size, q.numel(), q.device)
+
+
+def check_int8(q: Tensor, scb: Tensor) -> None:
+    """Raises LayoutError or UnsupportedDtypeError unless `q` is int8 [N, K] and `scb` fp32 [N]."""
+    if q.dim() != 2:
+        raise LayoutError(f"q has shape {tuple(q.shape)}; the int8 layout is a matrix [N, K]")
+    _check_stored("q", q, torch.int8, q.numel(), "")
+    _check_stored("scb", scb, torch.float32, q.shape[0], f"{q.shape[0]} rows", q.device)
+
+
+def check_output_dtype(dtype: torch.dtype) -> None:
+    """Raises UnsupportedDtypeError unless values can be decoded to `dtype`."""
+    if dtype not in _FLOATS:
+        raise UnsupportedDtypeError(f"dtype is {dtype}; float32, float16 and bfloat16 are supported")
+
+
+def _check_scales(absmax: Tensor, block_size: int, n: int, device: torch.device) -> None:
+    blocks = math.ceil(n / block_size)
+    _check_stored("absmax", absmax, torch.float32, blocks, f"{n} elements in blocks of {block_size}", device)
+
+
+def _check_stored(
+    name: str, tensor: Tensor, dtype: torch.dtype, size: int, why: str, device: torch.device | None = None
+) -> None:
+    if tensor.dtype != dtype:
+        raise UnsupportedDtypeError(f"{name} has dtype {tensor.dtype}; it must be {dtype}")
     if tensor.numel() != size:
         raise LayoutError(f"{name} has {tensor.numel()} elements; {why} need {size}")
+    if device is not None and tensor.device != device:
+        raise LayoutError(f"{name} is on {tensor.device}; it must be where the codes are, on {device}")

@@ -76,7 +76,11 @@ def record_8bit(out: dict[str, np.ndarray]) -> None:
         check_division_agrees(absmax - offset, code, 256)
         q, nested = default_backend(torch.ops.bitsandbytes.quantize_blockwise, absmax - offset, code, 256)
         out[f"{name}/input_crc"] = np.array(inputs.crc(absmax), dtype=np.uint32)
-        out[f"{name}/q"], out[f"{name}/nested_absmax"], out[f"{name}/offset"] = q.numpy(), nested.numpy(), offset.numpy()
+        out[f"{name}/q"], out[f"{name}/nested_absmax"], out[f"{name}/offset"] = (
+            q.numpy(),
+            nested.numpy(),
+            offset.numpy(),
+        )
     for name, (signed, block_size, _, x) in inputs.cases_8bit().items():
         code = bnb.create_dynamic_map(signed=signed)
         check_division_agrees(x, code, block_size)
@@ -93,7 +97,9 @@ def record_int8(out: dict[str, np.ndarray]) -> None:
 
 
 def record_corners(out: dict[str, np.ndarray]) -> None:
-    out["corner_zero_block/absmax"] = bnb.quantize_4bit(torch.zeros(96), blocksize=64, quant_type="nf4")[1].absmax.numpy()
+    out["corner_zero_block/absmax"] = bnb.quantize_4bit(torch.zeros(96), blocksize=64, quant_type="nf4")[
+        1
+    ].absmax.numpy()
     out["corner_partial_division/packed"] = (
         bnb.quantize_4bit(inputs.division_sensitive(), blocksize=64, quant_type="nf4")[0].reshape(-1).numpy()
     )
