@@ -1,0 +1,23 @@
+"""How one operation reaches one kernel, a module for each kind of device.
+
+Every module has the codecs of `nybble.reference` under the same names and signatures, and `linear` and `grad_input`
+on a `PackedWeight`. `portable` is plain torch and serves every device that has no kernels of its own.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import cpu, portable
+from .weight import PackedWeight
+
+__all__ = ["PackedWeight", "cpu", "of", "portable"]
+
+
+def of(tensor_or_device: Tensor | torch.device | str) -> ModuleType:
+    """The module whose kernels serve this device."""
+    device = tensor_or_device.device if isinstance(tensor_or_device, Tensor) else torch.device(tensor_or_device)
+    return cpu if device.type == "cpu" else portable

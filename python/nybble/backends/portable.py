@@ -1,0 +1,82 @@
+"""Any device in plain torch: the reference codecs, and contractions with the dequantized weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference import (
+    dequantize_4bit,
+    dequantize_8bit,
+    dequantize_int8,
+    nested_dequantize,
+    nested_quantize,
+    quantize_4bit,
+    quantize_8bit,
+    quantize_int8,
+)
+from .weight import PackedWeight, as_float
+
+__all__ = [
+    "dequantize",
+    "dequantize_4bit",
+    "dequantize_8bit",
+    "dequantize_int8",
+    "explain_linear",
+    "grad_input",
+    "linear",
+    "nested_dequantize",
+    "nested_quantize",
+    "quantize_4bit",
+    "quantize_8bit",
+    "quantize_int8",
+]
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """The weight [out_features, in_features] in `dtype`."""
+    absmax = weight.absmax
+    if weight.codebook is None:
+        return dequantize_int8(weight.packed.view(weight.out_features, weight.in_features), as_float(absmax), dtype)
+    if weight.nested_absmax is not None and weight.nested_map is not None and weight.nested_offset is not None:
+        absmax = nested_dequantize(
+            absmax,
+            as_float(weight.nested_absmax),
+            as_float(weight.nested_map),
+            as_float(weight.nested_offset),
+            weight.nested_block_size,
+        )
+    shape = (weight.out_features, weight.in_features)
+    return dequantize_4bit(
+        weight.packed, as_float(absmax), as_float(weight.codebook), weight.block_size, shape, dtype
+    )
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, side: Tensor | None, side_weight: Tensor | None) -> Tensor:
+    """x W^T + side side_weight^T + bias in x's dtype; x [m, in_features]."""
+    y = x @ dequantize(weight, x.dtype).t()
+    if side is not None and side_weight is not None:
+        y = torch.addmm(y, side.to(x.dtype), side_weight.to(x.dtype).t())
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weight: Tensor | None) -> Tensor:
+    """g W + side side_weight in g's dtype; g [m, out_features]."""
+    dx = g @ dequantize(weight, g.dtype)
+    if side is not None and side_weight is not None:
+        dx = torch.addmm(dx, side.to(g.dtype), side_weight.to(g.dtype))
+    return dx
+
+
+def explain_linear(
+    out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool
+) -> dict[str, Any]:
+    """What would run, and why."""
+    return {
+        "kernel": "dequantize + matmul",
+        "isa": "torch",
+        "compute": str(dtype).removeprefix("torch."),
+        "reason": "this device has no kernels of nybble's own yet; torch does it with the dequantized weight",
+    }

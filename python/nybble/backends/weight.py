@@ -1,0 +1,76 @@
+"""How a kernel sees a quantized weight: the tensors of one 2-D weight and the sizes that they must fit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import LayoutError, UnsupportedDtypeError
+
+#: fp32 values may also be held as their int32 bit patterns, which no `.to(dtype)` or mixed-precision policy rounds.
+_FLOAT_BITS = (torch.float32, torch.int32)
+
+
+class PackedWeight(NamedTuple):
+    """The tensors of a weight [out_features, in_features]; see `nybble.tensor.QuantTensor` for the layout.
+
+    Attributes:
+        packed: uint8 with ceil(out * in / 2) elements (4-bit), or int8 [out, in].
+        absmax: fp32 [nb] or its int32 bits, or uint8 [nb] when double-quantized; int8: fp32 [out] or its bits.
+        codebook: fp32 [16] or its bits; None for int8.
+        nested_absmax, nested_map, nested_offset: fp32 or bits [ceil(nb / nested_block_size)], [256], [1]; None when
+            the scales are plain.
+        out_features, in_features, block_size, nested_block_size: sizes; block_size is 0 for int8.
+    """
+
+    packed: Tensor
+    absmax: Tensor
+    codebook: Tensor | None
+    nested_absmax: Tensor | None
+    nested_map: Tensor | None
+    nested_offset: Tensor | None
+    out_features: int
+    in_features: int
+    block_size: int
+    nested_block_size: int
+
+    @property
+    def is_int8(self) -> bool:
+        """Row-wise int8 rather than 4 bits."""
+        return self.codebook is None
+
+    def check(self) -> None:
+        """Raises LayoutError or UnsupportedDtypeError unless every tensor has the size and dtype that a kernel reads."""
+        count = self.out_features * self.in_features
+        if self.codebook is None:
+            _expect("packed", self.packed, (torch.int8,), count)
+            _expect("absmax", self.absmax, _FLOAT_BITS, self.out_features)
+            return
+        blocks = -(-count // self.block_size)
+        _expect("packed", self.packed, (torch.uint8,), (count + 1) // 2)
+        _expect("codebook", self.codebook, _FLOAT_BITS, 16)
+        if self.nested_absmax is None:
+            _expect("absmax", self.absmax, _FLOAT_BITS, blocks)
+            return
+        _expect("absmax", self.absmax, (torch.uint8,), blocks)
+        _expect("nested_absmax", self.nested_absmax, _FLOAT_BITS, -(-blocks // self.nested_block_size))
+        _expect("nested_map", self.nested_map, _FLOAT_BITS, 256)
+        _expect("nested_offset", self.nested_offset, _FLOAT_BITS, 1)
+
+
+def as_float(bits: Tensor) -> Tensor:
+    """fp32 as it is, int32 bit patterns as the fp32 values that they stand for (a view)."""
+    return bits.view(torch.float32) if bits.dtype == torch.int32 else bits
+
+
+def _expect(name: str, tensor: Tensor | None, dtypes: tuple[torch.dtype, ...], size: int) -> None:
+    if tensor is None:
+        raise LayoutError(f"{name} is None; a tensor of {size} elements is needed")
+    if tensor.dtype not in dtypes:
+        raise UnsupportedDtypeError(f"{name} has dtype {tensor.dtype}; allowed: {', '.join(map(str, dtypes))}")
+    if tensor.numel() != size:
+        raise LayoutError(f"{name} has {tensor.numel()} elements; the weight's shape and block size need {size}")
+    if not tensor.is_contiguous():
+        raise LayoutError(f"{name} is not contiguous; its strides are {tensor.stride()}")

@@ -1,0 +1,308 @@
+"""Whole models: swap linear layers for quantized ones, put LoRA beside them; what was done and what was not, reported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import NonFiniteError, PatternError
+from ..formats import QuantConfig, match_module
+from ..reference import check_finite
+from ..tensor import QuantTensor
+from .linear import QuantLinear
+from .lora import LoRALinear, check_lora_arguments
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """What `quantize_` did.
+
+    Attributes:
+        quantized: names of the layers that were replaced.
+        skipped: name -> why, of the linear layers that were not.
+        parameters: weights in the replaced layers. bytes_before, bytes_after: of those weights with their scales.
+    """
+
+    quantized: list[str]
+    skipped: dict[str, str]
+    parameters: int
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits a weight takes now, scales included; 0 when nothing was quantized."""
+        return 8 * self.bytes_after / self.parameters if self.parameters else 0.0
+
+    def __str__(self) -> str:
+        lines = [
+            f"quantized {len(self.quantized)} layers, {self.parameters:,} weights, "
+            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB, {self.bits_per_weight:.3f} bits/weight"
+        ]
+        return "\n".join(lines + [f"kept {name}: {reason}" for name, reason in self.skipped.items()])
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Where and how `add_lora` puts low-rank updates.
+
+    Attributes:
+        r, alpha, dropout, rslora, init, dtype: see `LoRALinear.from_base`.
+        target: "all-linear", or one or more name patterns (`nybble.formats.match_module`: "q_proj", "*.mlp.*").
+        exclude: patterns of layers that get none.
+    """
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target: str | tuple[str, ...] = ALL_LINEAR
+    exclude: tuple[str, ...] = ("lm_head",)
+    rslora: bool = False
+    init: str = "kaiming"
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        check_lora_arguments(self.r, self.alpha, self.dropout, self.init)
+        for name in ("target", "exclude"):
+            value = getattr(self, name)
+            if not isinstance(value, str):
+                object.__setattr__(self, name, tuple(value))
+        if not self.target:
+            raise ValueError("target is empty; give 'all-linear' or name patterns")
+
+
+@dataclass(frozen=True)
+class LoRAReport:
+    """What `add_lora` did: names of the layers, numbers of trained and of all parameters, and remarks."""
+
+    targets: list[str]
+    trainable: int
+    total: int
+    notes: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        share = 100 * self.trainable / max(1, self.total)
+        head = f"LoRA on {len(self.targets)} layers: {self.trainable:,} of {self.total:,} parameters train ({share:.2f}%)"
+        return "\n".join([head, *self.notes])
+
+
+# ---- quantize ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def quantize_(module: nn.Module, config: QuantConfig | None = None, skip: Iterable[str] | None = None) -> QuantizeReport:
+    """Replaces every nn.Linear inside `module` by a QuantLinear, in place.
+
+    Left alone, each with its reason in the report: what `config.skip` or `skip` matches, layers whose weight is tied
+    to something that is no linear layer (an embedding), subclasses of nn.Linear (torch reads the weights of some
+    directly). Linear layers that share one weight share one packed weight afterwards.
+
+    Args:
+        module: any nn.Module; a bare nn.Linear cannot be replaced in place.
+        config: `QuantConfig()` by default.
+        skip: name patterns (`nybble.formats.match_module`) in addition to `config.skip`.
+
+    Raises:
+        PatternError: a pattern of `skip` or of `config.overrides` matches no linear layer.
+        NonFiniteError: a weight holds NaN or Inf; nothing has been changed then.
+        TypeError: `module` is itself an nn.Linear.
+    """
+    if isinstance(module, nn.Linear):
+        raise TypeError("module is an nn.Linear, which cannot be replaced in place; use QuantLinear.from_linear")
+    config = QuantConfig() if config is None else config
+    patterns = (skip,) if isinstance(skip, str) else tuple(skip or ())
+    linears = dict(_named(module, (nn.Linear,)))
+    _require_matches("skip", patterns, linears)
+    _require_matches("config.overrides", tuple(config.overrides), linears)
+    plan, skipped = _plan(module, linears, config, patterns)
+    for name, (linear, _) in plan.items():
+        _require_finite(linear.weight, f"{name}.weight")
+    return _replace_linears(module, plan, skipped)
+
+
+def _plan(
+    module: nn.Module, linears: dict[str, nn.Linear], config: QuantConfig, patterns: tuple[str, ...]
+) -> tuple[dict[str, tuple[nn.Linear, QuantConfig]], dict[str, str]]:
+    owners = _weight_owners(module)
+    plan: dict[str, tuple[nn.Linear, QuantConfig]] = {}
+    skipped: dict[str, str] = {}
+    for name, linear in linears.items():
+        chosen = config.for_module(name)
+        others = [owner for owner in owners[id(linear.weight)] if owner.rpartition(".")[0] not in linears]
+        pattern = next((p for p in patterns if match_module(name, p)), None)
+        if pattern is not None:
+            skipped[name] = f"matches skip pattern {pattern!r}"
+        elif chosen is None:
+            skipped[name] = "the configuration skips it"
+        elif type(linear) is not nn.Linear:
+            skipped[name] = f"is a {type(linear).__name__}, a subclass of nn.Linear"
+        elif others:
+            skipped[name] = f"its weight is tied to {', '.join(others)}"
+        elif linear.weight.is_meta:
+            skipped[name] = "its weight is on the meta device: there are no values to quantize"
+        else:
+            plan[name] = (linear, chosen)
+    return plan, skipped
+
+
+def _replace_linears(
+    module: nn.Module, plan: dict[str, tuple[nn.Linear, QuantConfig]], skipped: dict[str, str]
+) -> QuantizeReport:
+    tensors: dict[int, QuantTensor] = {}  # shared weights are quantized once
+    layers: dict[int, QuantLinear] = {}  # one module under two names stays one module
+    parameters = before = after = 0
+    for name, (linear, config) in plan.items():
+        if id(linear) not in layers:
+            key = id(linear.weight)
+            if key not in tensors:
+                tensors[key] = QuantTensor.quantize(linear.weight, config, f"{name}.weight")
+                parameters += linear.weight.numel()
+                before += linear.weight.numel() * linear.weight.element_size()
+                after += tensors[key].nbytes
+            layer = QuantLinear.from_quant_tensor(tensors[key], linear.bias, config)
+            layers[id(linear)] = layer.train(linear.training)
+        set_module(module, name, layers[id(linear)])
+    return QuantizeReport(list(plan), skipped, parameters, before, after)
+
+
+def _require_finite(weight: Tensor, name: str) -> None:
+    low, high = torch.aminmax(weight) if weight.numel() else (weight.sum(), weight.sum())
+    if not bool(torch.isfinite(low) & torch.isfinite(high)):
+        check_finite(weight, max(1, weight.numel()), name, unit="tensor")
+
+
+# ---- LoRA --------------------------------------------------------------------------------------------------------------
+
+
+def add_lora(model: nn.Module, config: LoRAConfig | None = None, **options: Any) -> LoRAReport:
+    """Freezes `model` and puts a LoRALinear around the layers that `config.target` names, in place.
+
+    Args:
+        model: any nn.Module with QuantLinear or nn.Linear layers.
+        config: a LoRAConfig; or give its fields as keywords.
+
+    Raises:
+        PatternError: a pattern of `target` matches no linear layer; the message lists layers that there are.
+        ValueError: the model has LoRA layers already.
+    """
+    if config is None:
+        config = LoRAConfig(**options)
+    elif options:
+        raise TypeError(f"give either config or its fields, not both: got {', '.join(options)} too")
+    present = [name for name, _ in _named(model, (LoRALinear,))]
+    if present:
+        raise ValueError(f"model has LoRA layers already ({present[0]} and {len(present) - 1} more)")
+    layers = dict(_named(model, (QuantLinear, nn.Linear)))
+    patterns = (config.target,) if isinstance(config.target, str) else config.target
+    excluded = (config.exclude,) if isinstance(config.exclude, str) else config.exclude
+    if patterns != (ALL_LINEAR,):
+        _require_matches("target", patterns, layers)
+
+    def wanted(name: str, layer: nn.Module) -> bool:
+        if type(layer) not in (QuantLinear, nn.Linear):
+            return False  # a subclass's weight may be read directly, past the update
+        if any(match_module(name, pattern) for pattern in excluded):
+            return False
+        return patterns == (ALL_LINEAR,) or any(match_module(name, pattern) for pattern in patterns)
+
+    targets = [name for name, layer in layers.items() if wanted(name, layer)]
+    if not targets:
+        raise PatternError(f"target {config.target!r} leaves no linear layer of {_some(layers)} (exclude: {excluded})")
+    notes = [f"{name} shares its weight with {', '.join(tied)}" for name, tied in _ties(model, layers, targets)]
+    model.requires_grad_(False)
+    wrapped: dict[int, LoRALinear] = {}
+    for name in targets:
+        base = layers[name]
+        if id(base) not in wrapped:
+            wrapped[id(base)] = LoRALinear.from_base(
+                base, config.r, config.alpha, config.dropout, config.rslora, config.init, config.dtype
+            )
+        set_module(model, name, wrapped[id(base)])
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return LoRAReport(targets, trainable, count_parameters(model), notes)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Parameters of a model as people count them: a packed 4-bit weight counts out * in; scales do not count."""
+    total = 0
+    seen: set[int] = set()
+    for module in model.modules():
+        packed = isinstance(module, QuantLinear)
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            if packed and name == "weight":
+                total += module.in_features * module.out_features
+            elif not packed or name == "bias":
+                total += parameter.numel()
+    return total
+
+
+# ---- names -------------------------------------------------------------------------------------------------------------
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Puts `module` in the place of the submodule with the dotted `name`."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, module)
+
+
+def _named(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[tuple[str, Any]]:
+    """All names of the submodules of these kinds, a module with two names under both; not inside LoRALinear."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name.startswith(inside) and inside:
+            continue
+        if name and isinstance(module, kinds):
+            yield name, module
+        if isinstance(module, LoRALinear):
+            inside = (*inside, name + ".")
+
+
+def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return owners
+
+
+def _ties(model: nn.Module, layers: dict[str, Any], targets: list[str]) -> Iterator[tuple[str, list[str]]]:
+    owners = _weight_owners(model)
+    for name in targets:
+        tied = [owner for owner in owners[id(layers[name].weight)] if owner.rpartition(".")[0] != name]
+        if tied:
+            yield name, tied
+
+
+def _require_matches(argument: str, patterns: tuple[str, ...], names: dict[str, Any]) -> None:
+    for pattern in patterns:
+        if not any(match_module(name, pattern) for name in names):
+            raise PatternError(f"{argument}: the pattern {pattern!r} matches none of {_some(names)}")
+
+
+def _some(names: dict[str, Any]) -> str:
+    if not names:
+        return "the linear layers: there are none"
+    shown = list(names)[:6]
+    more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+    return f"the linear layers {', '.join(shown)}{more}"
+
+
+__all__ = [
+    "ALL_LINEAR",
+    "LoRAConfig",
+    "LoRAReport",
+    "NonFiniteError",
+    "QuantizeReport",
+    "add_lora",
+    "count_parameters",
+    "quantize_",
+    "set_module",
+]
