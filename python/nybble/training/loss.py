@@ -112,13 +112,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + chunk)
             with torch.set_grad_enabled(any(wanted)):
                 part = hidden[rows].detach().requires_grad_(wanted[0])
-                logits = head(part).float()
-                loss = F.cross_entropy(logits, targets[rows], ignore_index=IGNORE, reduction="sum")
-            total += loss.detach()
+                logits = head(part)
+            loss, grad_logits = _cross_entropy(logits.detach(), targets[rows])
+            total += loss
             if not any(wanted):
                 continue
             inputs = ([part] if wanted[0] else []) + list(parameters)
-            grads = list(torch.autograd.grad(loss, inputs))
+            grads = list(torch.autograd.grad(logits, inputs, grad_logits.to(logits.dtype)))
             if grad_hidden is not None:
                 grad_hidden[rows] = grads.pop(0)
             for kept, grad in zip(grad_parameters, grads, strict=True):
@@ -132,3 +132,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         saved = [g * grad.to(g.dtype) for g in ctx.saved_tensors]
         grad_hidden = saved.pop(0) if ctx.has_hidden else None
         return grad_hidden, None, None, None, *saved
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of -log p over the counted targets, its gradient with respect to the logits [tokens, vocabulary]), fp32.
+
+    One fp32 buffer, turned from log p into the gradient in place; autograd's own path makes two more.
+    """
+    log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+    counted = targets != IGNORE
+    index = targets.where(counted, 0)[:, None]
+    loss = -log_p.gather(1, index)[:, 0].where(counted, 0.0).sum()
+    grad = log_p.exp_().scatter_add_(1, index, log_p.new_full(index.shape, -1.0))
+    return loss, grad.mul_(counted[:, None]) if not counted.all() else grad

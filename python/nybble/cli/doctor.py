@@ -1,0 +1,99 @@
+"""`nybble doctor`: what this machine and process have, and which kernel would run for a shape."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# [out_features, in_features] of common layers: square 7B attention, 7B MLP, 135M MLP.
+SHAPES = ((4096, 4096), (11008, 4096), (1536, 576))
+ROWS = (1, 16, 256)
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """(N, K) from "4096,11008"; ValueError otherwise."""
+    match = re.fullmatch(r"\s*(\d+)\s*[,x]\s*(\d+)\s*", text)
+    if match is None or 0 in (shape := (int(match[1]), int(match[2]))):
+        raise ValueError(f"shape must be out_features,in_features such as 4096,11008, got {text!r}")
+    return shape
+
+
+def openmp_runtimes() -> list[str] | None:
+    """Paths of the OpenMP runtime libraries mapped into this process; None where /proc does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
+    return sorted(path for path in paths if re.match(r"lib(gomp|iomp5|omp)\b", os.path.basename(path)))
+
+
+def facts() -> list[tuple[str, str]]:
+    """(what, value) of the machine, this process and its libraries."""
+    import torch
+
+    import nybble
+
+    found = openmp_runtimes()
+    if found is None:
+        openmp = "unknown on this platform"
+    else:
+        openmp = "\n".join(found) or "none"
+        openmp += "\nwarning: more than one runtime; their threads compete" if len(found) > 1 else ""
+    forced = os.environ.get("NYBBLE_FORCE_ISA")
+    active = nybble.active_isa() + (f" (NYBBLE_FORCE_ISA={forced})" if forced else "")
+    cuda = "no"
+    if torch.cuda.is_available():
+        names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+        cuda = f"yes, CUDA {torch.version.cuda}: {', '.join(names)}"
+    return [
+        ("nybble", getattr(nybble, "__version__", "unknown")),
+        ("machine", f"{platform.system()} {platform.machine()}, Python {platform.python_version()}"),
+        ("active ISA", active),
+        ("ISAs of this machine", ", ".join(nybble.isas())),
+        ("threads", f"{torch.get_num_threads()} (of {os.cpu_count()} logical CPUs)"),
+        ("OpenMP runtimes", openmp),
+        ("torch", torch.__version__),
+        ("CUDA in torch", cuda),
+        ("MPS in torch", "yes" if torch.backends.mps.is_available() else "no"),
+    ]
+
+
+def command(
+    shape: Annotated[str | None, typer.Option(help="N,K (out_features, in_features) to explain.")] = None,
+    m: Annotated[int | None, typer.Option("--m", help="Rows of the input (tokens).")] = None,
+    dtype: Annotated[str, typer.Option(help="The input's dtype: float32, bfloat16 or float16.")] = "bfloat16",
+) -> None:
+    """Say what runs here: instruction sets, threads, OpenMP, devices, and the kernel chosen for a shape."""
+    shapes = SHAPES if shape is None else (parse_shape(shape),)
+    if m is not None and m < 1:
+        raise ValueError(f"m must be at least 1, got {m}")
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    import nybble
+
+    console = Console(soft_wrap=True)
+    table = Table(show_header=False)
+    for what, value in facts():
+        table.add_row(what, value)
+    console.print(table)
+    kernels = Table("N, K", "m", "what would run", title=f"kernels for {dtype} input", title_justify="left")
+    for size in shapes:
+        for rows in ROWS if m is None else (m,):
+            chosen: Any = nybble.explain(size, m=rows, dtype=getattr(torch, dtype))
+            kernels.add_row(f"{size[0]}, {size[1]}", str(rows), str(chosen))
+    console.print(kernels)
+
+
+def register(app: typer.Typer) -> None:
+    """Add `nybble doctor`."""
+    app.command("doctor")(command)

@@ -1,0 +1,31 @@
+"""What several commands do: load a model with its tokenizer and, if asked, an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """The tokenizer that lies beside a model. Raises FileNotFoundError naming the directory if there is none."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ImportError("this command needs transformers: pip install 'nybble[hf]'") from error
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+    if not any((directory / name).is_file() for name in names):
+        raise FileNotFoundError(f"{directory}: no tokenizer there (one of {', '.join(names)})")
+    return AutoTokenizer.from_pretrained(directory, local_files_only=True)
+
+
+def load_model(directory: Path, adapter: Path | None = None, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
+    """(model in eval mode, tokenizer) of a checkpoint directory, quantized or not, with an adapter on it if given."""
+    from nybble.checkpoint import load, load_adapter
+
+    model = load(directory, device=device)
+    if adapter is not None:
+        load_adapter(model, adapter)
+    return model.eval(), load_tokenizer(directory)
