@@ -190,7 +190,10 @@ def dequantize_8bit(q: Tensor, absmax: Tensor, code: Tensor, block_size: int, dt
 
 
 def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
-    """Row-wise int8 as LLM.int8 (arXiv 2208.07339) stores weights: cast to fp16, q = round(w * (127 / scb)), half even.
+    """Row-wise int8 as LLM.int8 (arXiv 2208.07339) stores weights: cast to fp16, q = round(w * (1 / scb * 127)).
+
+    Rounding is half to even. The factor is a reciprocal and a product, each rounded: so torch divides a number by a
+    tensor, and with it bitsandbytes.
 
     Args:
         x: weight [N, K], fp32, fp16 or bf16.
@@ -222,7 +225,7 @@ def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
         )
     w = half.float()
     scb = w.abs().amax(dim=1) if x.shape[1] else w.new_zeros(x.shape[0])
-    factor = torch.where(scb > 0, 127.0 / scb, 0.0)
+    factor = torch.where(scb > 0, scb.reciprocal() * 127.0, 0.0)
     return torch.round(w * factor.unsqueeze(1)).clamp(-127, 127).to(torch.int8), scb
 
 

@@ -134,7 +134,8 @@ class QuantTensor:
 
     def to(self, device: torch.device | str | int) -> QuantTensor:
         """The same weight with its tensors on `device` (shared where they are there already)."""
-        return replace(self, **{key: tensor.to(device) for key, tensor in self._tensors().items()})
+        moved: dict[str, Any] = {key: tensor.to(device) for key, tensor in self._tensors().items()}
+        return replace(self, **moved)
 
     def _tensors(self) -> dict[str, Tensor]:
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
