@@ -20,6 +20,7 @@ import nybble
 from nybble import QuantConfig, QuantTensor
 from nybble.checkpoint import StorageFullError, bnb, writer
 from nybble.checkpoint.files import open_source
+from nybble.checkpoint.stream import relative_error
 from nybble.errors import (
     CheckpointError,
     CheckpointNotFoundError,
@@ -137,6 +138,16 @@ def test_report(make: Make, tmp_path: Path) -> None:
     assert seen[-1][:2] == (report.bytes_before, report.bytes_before)
     assert [name for _, _, name in seen] == list(open_source(source).tensors)
     assert report.table().row_count == 8
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e25])
+def test_relative_error_of_values_whose_squares_leave_fp32(scale: float) -> None:
+    weight = torch.randn(300, 500, dtype=torch.float64)
+    quantized = QuantTensor.quantize((weight * scale).float(), QuantConfig())
+    expected = (quantized.dequantize().double() - (weight * scale).float().double()).norm() / (weight * scale).norm()
+    assert relative_error((weight * scale).float(), quantized) == pytest.approx(expected.item(), rel=1e-5)
+    zero = torch.zeros(64, 64)
+    assert relative_error(zero, QuantTensor.quantize(zero, QuantConfig())) == 0.0
 
 
 def test_what_is_carried_along(make: Make, tmp_path: Path) -> None:

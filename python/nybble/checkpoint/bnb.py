@@ -57,7 +57,8 @@ def group(keys: Iterable[str], where: str = "state dict") -> Groups:
     """
     names = list(keys)
     known = set(names)
-    groups, used = Groups(), set()
+    groups = Groups()
+    used: set[str] = set()
     for key in names:
         match = _QUANT_STATE.match(key)
         if match is None:

@@ -308,10 +308,10 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
     data = torch.empty(info.nbytes, dtype=torch.uint8)
     with info.path.open("rb", buffering=0) as file:
         file.seek(info.start)
-        view = memoryview(data.numpy())
+        view: Any = data.numpy().data
         done = 0
         while done < info.nbytes:
-            count = file.readinto(view[done:])  # type: ignore[attr-defined]
+            count = file.readinto(view[done:])
             if not count:
                 raise CheckpointError(f"{info.path}: truncated while tensor {info.name!r} was read")
             done += count

@@ -67,7 +67,9 @@ def _config(directory: Path) -> PretrainedConfig:
     if not path.is_file():
         raise CheckpointError(f"{directory}: no config.json, so the model's architecture is unknown")
     with _named(directory):
-        config = _transformers().AutoConfig.from_pretrained(str(directory), local_files_only=True)
+        config = _transformers().AutoConfig.from_pretrained(
+            str(directory), local_files_only=True, trust_remote_code=False
+        )
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # transformers would look for the method's own package
     return config
@@ -78,7 +80,7 @@ def _model_class(config: PretrainedConfig, directory: Path) -> type[PreTrainedMo
     transformers = _transformers()
     for name in names:
         found = getattr(transformers, name, None)
-        if found is not None:
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
     raise CheckpointError(f"{directory / 'config.json'}: architectures {names} are not classes of transformers")
 
@@ -222,14 +224,14 @@ def load(
     return model.eval()
 
 
-def _load_plain(source: Source, dtype: torch.dtype | None, device: str | torch.device) -> PreTrainedModel:
+def _load_plain(source: Source, dtype: torch.dtype | None, device: str | torch.device) -> Any:
     method = source_quantization(source.config())
     if method is not None:
         raise CheckpointError(f"{source.root}: quantized by {method!r}, whose layout nybble does not read")
     config = _config(source.root)
     cls = _model_class(config, source.root)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    model = cls.from_pretrained(str(source.root), dtype=dtype, local_files_only=True, use_safetensors=True)
+    model: nn.Module = cls.from_pretrained(str(source.root), dtype=dtype, local_files_only=True, use_safetensors=True)
     return model.to(device).eval()
 
 
@@ -261,7 +263,7 @@ class _Reader:
 def _place_quantized(model: PreTrainedModel, names: Names, groups: Groups, reader: _Reader) -> None:
     from ..nn import QuantLinear
 
-    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     known = {name for name, _ in model.named_modules()}
     bias_keys = set()
     plain = set(groups.plain)
@@ -273,7 +275,7 @@ def _place_quantized(model: PreTrainedModel, names: Names, groups: Groups, reade
             raise CheckpointError(
                 f"{where} is quantized, but the model {type(model).__name__} has {what} at {module!r}"
             )
-        skeleton = model.get_submodule(path)
+        skeleton = linear[path]
         state = {key: reader(name) for key, name in members.items()}
         quantized = QuantTensor.from_state(state, name=where, dtype=_int8_dtype(members, model))
         if quantized.shape != (skeleton.out_features, skeleton.in_features):

@@ -206,7 +206,13 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     unknown = sorted(raw.keys() - _READ - _WITHOUT_EFFECT - _UNSUPPORTED.keys())
     if unknown:
         warnings.warn(f"{path}: unknown keys are ignored: {', '.join(unknown)}", UserWarning, stacklevel=3)
-    settings = {"r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "use_rslora": False, "target_modules": None}
+    settings: dict[str, Any] = {
+        "r": 8,
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "target_modules": None,
+    }
     settings.update({key: raw[key] for key in _READ & raw.keys()})
     for key in ("rank_pattern", "alpha_pattern"):
         settings[key] = settings.get(key) or {}

@@ -180,15 +180,30 @@ def _quantize_one(info: TensorInfo, setting: QuantConfig, writer: ShardWriter) -
     return TensorReport(info.name, info.shape, setting.format_name, setting.block_size, bits, error), total
 
 
-def relative_error(weight: torch.Tensor, quantized: QuantTensor, chunk: int = 1 << 20) -> float:
-    """||W - Wq|| / ||W|| in the Frobenius norm, 0 for an all-zero weight; fp32 pieces summed in double precision."""
+def relative_error(weight: torch.Tensor, quantized: QuantTensor, chunk: int = 1 << 14) -> float:
+    """||W - Wq|| / ||W|| in the Frobenius norm, 0 for an all-zero weight.
+
+    Pieces are summed in fp32, their sums in double precision. A piece stays in cache and below the size from which torch
+    starts threads, which on a busy machine wait for each other longer than they work.
+    """
     exact, decoded = weight.reshape(-1), quantized.dequantize().reshape(-1)
+    difference, norm = _squares(exact, decoded, torch.float32, chunk)
+    if not 0.0 < norm < float("inf"):  # all zero, or values whose squares leave the range of fp32
+        difference, norm = _squares(exact, decoded, torch.float64, chunk)
+    return float((difference / norm) ** 0.5) if norm else 0.0
+
+
+def _squares(exact: torch.Tensor, decoded: torch.Tensor, dtype: torch.dtype, chunk: int) -> tuple[float, float]:
+    """||exact - decoded||^2 and ||exact||^2."""
+    x, y = torch.empty(chunk, dtype=dtype), torch.empty(chunk, dtype=dtype)
     difference = norm = 0.0
     for start in range(0, exact.numel(), chunk):
-        piece = exact[start : start + chunk].float()
-        norm += float(piece.square().sum(dtype=torch.float64))
-        difference += float((piece - decoded[start : start + chunk].float()).square().sum(dtype=torch.float64))
-    return (difference / norm) ** 0.5 if norm else 0.0
+        count = min(chunk, exact.numel() - start)
+        a, b = x[:count].copy_(exact[start : start + count]), y[:count].copy_(decoded[start : start + count])
+        norm += float(torch.linalg.vector_norm(a)) ** 2
+        b.sub_(a)
+        difference += float(torch.linalg.vector_norm(b)) ** 2
+    return difference, norm
 
 
 def _companions(source: Source) -> Iterator[Path]:
@@ -206,6 +221,12 @@ def _companions(source: Source) -> Iterator[Path]:
             yield from (p.relative_to(source.root) for p in inside)
 
 
+def _pieces(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            yield piece
+
+
 def _carry_files(source: Source, staging: Staging, report: CheckpointReport) -> None:
     left = []
     for relative in _companions(source):
@@ -216,8 +237,7 @@ def _carry_files(source: Source, staging: Staging, report: CheckpointReport) -> 
             if path not in source.shards and not path.name.endswith(".index.json"):
                 left.append(str(relative))
             continue
-        with path.open("rb") as file:
-            staging.write(relative.as_posix(), iter(lambda file=file: file.read(1 << 20), b""))
+        staging.write(relative.as_posix(), _pieces(path))
     if left:
         report.notes.append(f"weights in other files were not carried along: {', '.join(left[:4])}")
 

@@ -129,7 +129,7 @@ def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     """The tensor's bytes, row-major, without a copy where it is contiguous."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")
 
 
 @dataclass(frozen=True)
