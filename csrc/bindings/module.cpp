@@ -59,8 +59,8 @@ void run(Status (*KernelTable::*entry)(const Args&), const Args& args) {
   raise_unless_ok(status);
 }
 
-// (absmax, nested_absmax, nested_map, offset, nested_block_size); nested_absmax = 0: absmax is plain fp32.
-BlockScales block_scales(Address absmax, Address nested_absmax, Address nested_map, float offset, int64_t nested_block) {
+// nested_absmax = 0: absmax is plain fp32.
+BlockScales block_scales(Address absmax, Address nested_absmax, Address nested_map, Address offset, int64_t nested_block) {
   BlockScales scales;
   if (nested_absmax == 0) {
     scales.plain = pointer<const float>(absmax);
@@ -68,7 +68,7 @@ BlockScales block_scales(Address absmax, Address nested_absmax, Address nested_m
     scales.codes = pointer<const uint8_t>(absmax);
     scales.nested = pointer<const float>(nested_absmax);
     scales.map = pointer<const float>(nested_map);
-    scales.offset = offset;
+    scales.offset = pointer<const float>(offset);
     scales.nested_block = nested_block;
   }
   return scales;
@@ -89,7 +89,7 @@ void quantize_4bit(Address x, int dtype, int64_t count, int64_t block_size, Addr
   run(&KernelTable::quantize_4bit, args);
 }
 
-void dequantize_4bit(Address packed, Address absmax, Address nested_absmax, Address nested_map, float offset,
+void dequantize_4bit(Address packed, Address absmax, Address nested_absmax, Address nested_map, Address offset,
                      int64_t nested_block, Address codebook, int64_t block_size, int64_t count, Address out, int dtype,
                      int threads) {
   Dequantize4Args args;
@@ -158,7 +158,7 @@ void dequantize_int8(Address q, Address absmax, int64_t rows, int64_t cols, Addr
 // The address of a weight that lives as long as Python holds it: built once a layer, so a call passes one object.
 class WeightHandle {
  public:
-  static WeightHandle four_bit(Address packed, Address absmax, Address nested_absmax, Address nested_map, float offset,
+  static WeightHandle four_bit(Address packed, Address absmax, Address nested_absmax, Address nested_map, Address offset,
                                int64_t nested_block, Address codebook, int64_t block_size, int64_t rows, int64_t cols) {
     WeightHandle handle;
     handle.weight.rows = rows;
@@ -249,7 +249,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("quantize_4bit", &quantize_4bit, py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("block_size"),
         py::arg("codebook"), py::arg("search"), py::arg("packed"), py::arg("absmax"), py::arg("threads"));
   m.def("dequantize_4bit", &dequantize_4bit, py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),
-        py::arg("nested_map"), py::arg("offset"), py::arg("nested_block_size"), py::arg("codebook"),
+        py::arg("nested_map"), py::arg("nested_offset"), py::arg("nested_block_size"), py::arg("codebook"),
         py::arg("block_size"), py::arg("count"), py::arg("out"), py::arg("dtype"), py::arg("threads"));
   m.def("quantize_8bit", &quantize_8bit, py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("block_size"),
         py::arg("map"), py::arg("codes"), py::arg("absmax"), py::arg("threads"));
@@ -262,7 +262,7 @@ PYBIND11_MODULE(_core, m) {
 
   py::class_<WeightHandle>(m, "Weight", "Addresses of a quantized weight; whoever holds it keeps the tensors alive.")
       .def_static("four_bit", &WeightHandle::four_bit, py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),
-                  py::arg("nested_map"), py::arg("offset"), py::arg("nested_block_size"), py::arg("codebook"),
+                  py::arg("nested_map"), py::arg("nested_offset"), py::arg("nested_block_size"), py::arg("codebook"),
                   py::arg("block_size"), py::arg("rows"), py::arg("cols"))
       .def_static("int8_rows", &WeightHandle::int8_rows, py::arg("q"), py::arg("absmax"), py::arg("rows"),
                   py::arg("cols"));

@@ -40,6 +40,7 @@ Status check(const Packed4& weight, int64_t count) {
                 nested ? non_null(scales.codes, count, "absmax") : success(),
                 nested ? non_null(scales.nested, count, "nested_absmax") : success(),
                 nested ? non_null(scales.map, count, "nested_map") : success(),
+                nested ? non_null(scales.offset, count, "nested_offset") : success(),
                 in_range(scales.nested_block, 1, kMaxElements, "nested_block_size")});
 }
 

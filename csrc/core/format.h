@@ -31,11 +31,11 @@ struct BlockScales {
   const uint8_t* codes = nullptr;  // [blocks]
   const float* nested = nullptr;   // [ceil(blocks / nested_block)]
   const float* map = nullptr;      // [256]
-  float offset = 0.0F;
+  const float* offset = nullptr;   // [1], read where it lies: no value crosses from Python per call
   int64_t nested_block = 256;
 
   float at(int64_t block) const {
-    return plain != nullptr ? plain[block] : map[codes[block]] * nested[block / nested_block] + offset;
+    return plain != nullptr ? plain[block] : map[codes[block]] * nested[block / nested_block] + *offset;
   }
 };
 

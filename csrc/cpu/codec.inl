@@ -360,7 +360,8 @@ static void quantize_int8_task(void* context, int64_t row) {
     return;
   }
   args.absmax[row] = float_of(magnitude);
-  const F32 factor = broadcast(magnitude == 0 ? 0.0F : 127.0F / float_of(magnitude));
+  // torch's 127 / absmax, which bitsandbytes uses, is a reciprocal and a product; the two roundings decide exact ties.
+  const F32 factor = broadcast(magnitude == 0 ? 0.0F : 1.0F / float_of(magnitude) * 127.0F);
   for (int64_t at = start; at < end; at += 1024) {
     const int64_t count = smaller(1024, end - at);
     load_through_f16(args, at, count, x);

@@ -16,7 +16,13 @@
 
 constexpr int64_t kStrip = kTileVectors * kLanes;
 constexpr int64_t kChunk = 512;              // contraction indices decoded at a time
-constexpr int64_t kForwardColumns = 64;      // rows of W in a tile
+#ifdef NYBBLE_AMX
+constexpr int64_t kForwardColumns = 128;     // rows of W in a tile: more, because the multiplication is faster
+constexpr int64_t kRowAlign = kTileSide;     // rows of the accumulators
+#else
+constexpr int64_t kForwardColumns = 64;
+constexpr int64_t kRowAlign = 1;
+#endif
 constexpr int64_t kGradColumns = 128;        // columns of W in a tile: 64 packed bytes, one cache line
 constexpr int64_t kRowsOfTask = 1024;        // rows of x that share one decode
 
@@ -26,7 +32,8 @@ static_assert(kStrip % kLanes == 0 && kChunk % kLanes == 0, "transposition works
 // How a step is held and multiplied.
 struct StepF32 {
   using Element = float;
-  static constexpr int64_t kIndices = 1;
+  static constexpr int64_t kIndices = 1;   // contraction indices of a step
+  static constexpr int64_t kAlign = 1;     // rows of x are padded to a multiple of this many indices
   static inline F32 dot(F32 acc, const char* x, F32 panel) {
     float value;
     memcpy(&value, x, sizeof value);
@@ -38,6 +45,11 @@ struct StepF32 {
 struct StepBf16 {
   using Element = Bf16;
   static constexpr int64_t kIndices = 2;
+#ifdef NYBBLE_AMX
+  static constexpr int64_t kAlign = 2 * kTileSide;
+#else
+  static constexpr int64_t kAlign = 2;
+#endif
   static inline F32 dot(F32 acc, const char* x, F32 panel) {
     uint32_t pair;
     memcpy(&pair, x, sizeof pair);
@@ -127,6 +139,10 @@ static void pack_straight(const Source& source, int64_t first_row, int64_t rows,
       merge_rows(buffer + j, buffer + kGradColumns + j, panel + j / kStrip * padded * kStrip + step * kStrip + j % kStrip);
     }
   }
+  for (int64_t strip = 0; strip < kGradColumns / kStrip; ++strip) {
+    uint32_t* rest = panel + (strip * padded + steps) * kStrip;
+    memset(rest, 0, static_cast<size_t>((padded - steps) * kStrip) * sizeof(uint32_t));
+  }
 }
 
 // ---- multiplication ---------------------------------------------------------------------------------------------------
@@ -170,10 +186,10 @@ static void multiply_rows(int64_t rows, const char* x, int64_t x_stride, const u
   }
 }
 
-// acc[rows, columns] += x . panel
+// acc[rows, columns] += x . panel; `spare` holds kRowAlign rows of kChunk elements.
 template <class Step>
 static void multiply(const char* x, int64_t x_stride, int64_t rows, const uint32_t* panel, int64_t steps,
-                     int64_t columns, float* acc) {
+                     int64_t columns, float* acc, typename Step::Element*) {
   const int64_t padded = divide_up(steps, kLanes) * kLanes;
   for (int64_t row = 0; row < rows; row += kTileRows) {
     for (int64_t column = 0; column < columns; column += kStrip) {
@@ -182,6 +198,40 @@ static void multiply(const char* x, int64_t x_stride, int64_t rows, const uint32
     }
   }
 }
+
+#ifdef NYBBLE_AMX
+template <>
+void multiply<StepBf16>(const char* x, int64_t x_stride, int64_t rows, const uint32_t* panel, int64_t steps,
+                        int64_t columns, float* acc, Bf16* spare) {
+  const TileConfig config;
+  _tile_loadconfig(&config);
+  const int64_t padded = divide_up(steps, kTileSide) * kTileSide;
+  for (int64_t row = 0; row < rows;) {
+    const int64_t left = rows - row;
+    const char* from = x + row * x_stride;
+    int64_t stride = x_stride;
+    if (left < kTileSide) {
+      stride = padded * 4;
+      memset(static_cast<void*>(spare), 0, static_cast<size_t>(kTileSide * stride));
+      char* to = reinterpret_cast<char*>(spare);
+      for (int64_t i = 0; i < left; ++i) memcpy(to + i * stride, from + i * x_stride, static_cast<size_t>(stride));
+      from = to;
+    }
+    const bool two = left >= 2 * kTileSide;
+    for (int64_t column = 0; column < columns; column += 2 * kTileSide) {
+      const uint32_t* strip = panel + column / kStrip * padded * kStrip + column % kStrip;
+      float* sums = acc + row * columns + column;
+      if (two) {
+        multiply_tiles_32(from, stride, strip, kStrip, padded, sums, columns);
+      } else {
+        multiply_tiles_16(from, stride, strip, kStrip, padded, sums, columns);
+      }
+    }
+    row += two ? 2 * kTileSide : kTileSide;
+  }
+  _tile_release();
+}
+#endif
 
 // ---- operands ---------------------------------------------------------------------------------------------------------
 
@@ -215,11 +265,11 @@ template <class Step>
 static Status prepare(const void* from, DType dtype, int64_t rows, int64_t columns, int64_t stride, Slot slot,
                       int threads, Operand* operand) {
   using Element = typename Step::Element;
-  if (held_as(dtype, static_cast<const Element*>(nullptr)) && columns % Step::kIndices == 0) {
+  if (held_as(dtype, static_cast<const Element*>(nullptr)) && columns % Step::kAlign == 0) {
     *operand = {static_cast<const char*>(from), stride * static_cast<int64_t>(sizeof(Element))};
     return success();
   }
-  const int64_t padded = divide_up(columns, Step::kIndices) * Step::kIndices;
+  const int64_t padded = divide_up(columns, Step::kAlign) * Step::kAlign;
   const int64_t bytes = rows * padded * static_cast<int64_t>(sizeof(Element));
   void* to = scratch(slot, static_cast<size_t>(bytes));
   if (to == nullptr) return out_of_memory(bytes);
@@ -251,7 +301,7 @@ template <class Step>
 static bool task_memory(int64_t rows, int64_t tile, TaskMemory* memory, Failure* failure) {
   const size_t panel = static_cast<size_t>(kChunk * tile * 4);
   const size_t buffer = static_cast<size_t>(larger(kLanes * kChunk, 2 * kGradColumns)) * sizeof(typename Step::Element);
-  const size_t acc = static_cast<size_t>(rows * tile) * sizeof(float);
+  const size_t acc = static_cast<size_t>(divide_up(rows, kRowAlign) * kRowAlign * tile) * sizeof(float);
   memory->panel = static_cast<uint32_t*>(scratch(Slot::panel, panel));
   memory->rows = scratch(Slot::rows, buffer);
   memory->acc = static_cast<float*>(scratch(Slot::accumulators, acc));
@@ -274,7 +324,7 @@ static void contract(const Source& source, const Operand& operand, int64_t lengt
       pack_straight<Step>(source, at, count, first_column, width, buffer, memory.panel);
     }
     multiply<Step>(x + at / Step::kIndices * 4, operand.stride, rows, memory.panel, steps_of(count, Step::kIndices), tile,
-                   memory.acc);
+                   memory.acc, buffer);
   }
 }
 
@@ -301,7 +351,7 @@ static void panel_task(void* context, int64_t index) {
   const int64_t rows = smaller(job.rows_per_task, args.m - first_row);
   TaskMemory memory;
   if (!task_memory<Step>(rows, job.tile, &memory, job.failure)) return;
-  memset(memory.acc, 0, static_cast<size_t>(rows * job.tile) * sizeof(float));
+  memset(memory.acc, 0, static_cast<size_t>(divide_up(rows, kRowAlign) * kRowAlign * job.tile) * sizeof(float));
   const bool transposed = !args.grad_input;
   contract<Step>(WeightRows{&args.weight}, job.x, args.contraction(), transposed, first_column, width, first_row, rows,
                  job.tile, memory);
@@ -317,7 +367,8 @@ static void panel_task(void* context, int64_t index) {
 static int64_t rows_per_task(int64_t m, int64_t tiles, int threads) {
   int64_t rows = smaller(larger(m, 1), kRowsOfTask);
   while (tiles * divide_up(m, rows) < 2 * threads && rows > 16 * kTileRows) rows = divide_up(rows, 2);
-  return divide_up(rows, kTileRows) * kTileRows;
+  constexpr int64_t kMultiple = kRowAlign > 1 ? 2 * kRowAlign : kTileRows;
+  return divide_up(rows, kMultiple) * kMultiple;
 }
 
 template <class Step>

@@ -14,6 +14,7 @@ namespace scalar { extern const KernelTable kTable; }
 #if NYBBLE_X86
 namespace avx2 { extern const KernelTable kTable; }
 namespace avx512 { extern const KernelTable kTable; }
+namespace amx { extern const KernelTable kTable; }
 namespace avx512bf16 { extern const KernelTable kTable; }
 #endif
 
