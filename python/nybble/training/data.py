@@ -80,6 +80,8 @@ def to_tokens(data: Data, tokenizer: Any = None, name: str = "data") -> Tensor:
         tokens = _check_ids(data, name)
     elif not isinstance(data, Sequence):
         raise TypeError(f"{name} must be a path, a list of strings, or token ids, got {type(data).__name__}")
+    elif len(data) == 0:
+        tokens = torch.empty(0, dtype=torch.int64)
     elif all(isinstance(item, str) for item in data):
         tokens = tokenize(data, tokenizer)  # type: ignore[arg-type]  # checked in the line above
     elif all(isinstance(item, int) for item in data):

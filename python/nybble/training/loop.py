@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from nybble.errors import DestinationExistsError
 from nybble.training.config import TrainConfig, learning_rate
 from nybble.training.data import Batches, Data, pack, split, to_tokens
 from nybble.training.evaluate import check_length, check_vocabulary, mean_loss
@@ -97,14 +98,15 @@ def finetune(
     With config.out_dir, writes adapter/, metrics.jsonl and loss.png there. Ctrl-C ends the run after the step in
     progress and saves; a second one ends it at once.
 
-    Raises ValueError for data, config or a model that do not fit together, FileExistsError when out_dir is not empty,
-    NonFiniteLossError when the loss or the gradient is NaN or infinite.
+    Raises ValueError for data, config or a model that do not fit together, DestinationExistsError when out_dir is not
+    empty, NonFiniteLossError when the loss or the gradient is NaN or infinite.
     """
     config = config or TrainConfig()
     rows, eval_rows = prepare_data(model, data, config, tokenizer, eval_data)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     if not trainable:
         raise ValueError("model has no trainable parameter; call nybble.add_lora(model, ...) first")
+    checkpointing = _checkpointing(model, config)
     out = _prepare_out_dir(model, config, save)
 
     total_steps = config.total_steps(rows.shape[0])
@@ -117,7 +119,7 @@ def finetune(
         f"{total_steps:,} steps of {config.tokens_per_step:,} tokens"
     )
     torch.manual_seed(config.seed)  # dropout
-    with contextlib.closing(metrics), _training_mode(model, config), display:
+    with contextlib.closing(metrics), _training_mode(model, checkpointing), display:
         train(model, rows, eval_rows, config, Recorder(report, metrics, display, config), on_step)
     report.peak_memory_bytes = peak_memory_bytes(next(model.parameters()).device)
     if out is not None:
@@ -258,7 +260,7 @@ def _prepare_out_dir(model: nn.Module, config: TrainConfig, save: Any) -> Path |
         return None
     out = Path(config.out_dir)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise FileExistsError(f"out_dir {out} exists and is not an empty directory")
+        raise DestinationExistsError(f"out_dir {out} exists and is not empty; a new or empty directory is needed")
     if save is None:
         from nybble.checkpoint.peft import lora_layers
 
@@ -283,7 +285,7 @@ def _write_results(
     if config.plot:
         evaluations = [(e.step, e.loss) for e in report.evaluations]
         report.plot_path = plot_loss(report.losses, evaluations, out / "loss.png")
-    stopped = f"stopped after step {len(report.losses)} of the run; " if report.interrupted else ""
+    stopped = f"stopped after step {len(report.losses)} of {display.total_steps}; " if report.interrupted else ""
     display.say(f"{stopped}saved in {report.adapter_dir}")
 
 
@@ -292,25 +294,32 @@ def _autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
 
 
 @contextlib.contextmanager
-def _training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """Training mode and gradient checkpointing for the time of the run."""
+def _training_mode(model: nn.Module, checkpointing: str | None) -> Iterator[None]:
+    """Training mode, and with `checkpointing` recomputation in the backward pass, for the time of the run."""
     was_training = model.training
-    was_checkpointing = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-    if config.gradient_checkpointing and not was_checkpointing:
-        if not hasattr(model, "gradient_checkpointing_enable"):
-            raise ValueError(
-                f"gradient_checkpointing=True: {type(model).__name__} has no gradient_checkpointing_enable"
-            )
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    already_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    switch = None if already_on else checkpointing
+    if switch is not None:
+        getattr(model, f"{switch}_enable")(**{f"{switch}_kwargs": {"use_reentrant": False}})
     model.train()
     try:
         yield
     finally:
         model.train(was_training)
-        if config.gradient_checkpointing and not was_checkpointing:
-            model.gradient_checkpointing_disable()
+        if switch is not None:
+            getattr(model, f"{switch}_disable")()
         for parameter in model.parameters():
             parameter.grad = None
+
+
+def _checkpointing(model: nn.Module, config: TrainConfig) -> str | None:
+    """What the model calls it, if config wants it: transformers renamed its methods in 5.23 (the old name warns)."""
+    if not config.gradient_checkpointing:
+        return None
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if hasattr(model, f"{name}_enable"):
+            return name
+    raise ValueError(f"gradient_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable()")
 
 
 class _Interrupt:
