@@ -16,9 +16,9 @@ from nybble.backends import cpu
 
 # Deadlines measure the machine, not the code. The isa fixture is set once per test, not per example, which is meant.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}
-settings.register_profile("default", max_examples=40, **_COMMON)
-settings.register_profile("ci", max_examples=40, derandomize=True, print_blob=True, **_COMMON)
-settings.register_profile("thorough", max_examples=1000, **_COMMON)
+settings.register_profile("default", max_examples=80, **_COMMON)
+settings.register_profile("ci", max_examples=80, derandomize=True, print_blob=True, **_COMMON)
+settings.register_profile("thorough", max_examples=800, **_COMMON)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci" if os.environ.get("CI") else "default"))
 
 # A forced instruction set is the only one that tests then run under.
