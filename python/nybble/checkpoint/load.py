@@ -89,7 +89,7 @@ def _skeleton(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedMo
     """The model of a directory's config.json: parameters on meta, buffers with their values."""
     config = _config(directory)
     cls = _model_class(config, directory)
-    dtype = dtype or getattr(config, "dtype", None) or getattr(config, "torch_dtype", None) or torch.float32
+    dtype = dtype or getattr(config, "dtype", None) or torch.float32
     with _named(directory), _ParametersOnMeta():
         model = cls._from_config(config, dtype=dtype)
     return model

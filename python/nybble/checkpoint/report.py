@@ -73,7 +73,7 @@ class CheckpointReport:
         """The closing table, for `rich.print`."""
         from rich.table import Table
 
-        table = Table(title=f"{self.source} -> {self.destination}", show_header=False, title_justify="left")
+        table = Table(show_header=False)
         table.add_column("what")
         table.add_column("value", justify="right")
         share = self.quantized_parameters / self.parameters if self.parameters else 0.0

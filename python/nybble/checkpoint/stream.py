@@ -183,8 +183,8 @@ def _quantize_one(info: TensorInfo, setting: QuantConfig, writer: ShardWriter) -
 def relative_error(weight: torch.Tensor, quantized: QuantTensor, chunk: int = 1 << 14) -> float:
     """||W - Wq|| / ||W|| in the Frobenius norm, 0 for an all-zero weight.
 
-    Pieces are summed in fp32, their sums in double precision. A piece stays in cache and below the size from which torch
-    starts threads, which on a busy machine wait for each other longer than they work.
+    Pieces are summed in fp32, their sums in double precision. A piece stays in cache, and below the size from which
+    torch starts threads, which on a busy machine wait for each other longer than they work.
     """
     exact, decoded = weight.reshape(-1), quantized.dequantize().reshape(-1)
     difference, norm = _squares(exact, decoded, torch.float32, chunk)

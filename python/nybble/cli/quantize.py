@@ -45,6 +45,7 @@ def command(
     report = quantize(src, dst, config, max_shard_size=limit, progress=True)
     console = Console()
     console.print(report.table())
+    console.print(f"written to {dst}", markup=False, highlight=False, soft_wrap=True)
     for note in report.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
 
