@@ -112,7 +112,9 @@ def main() -> None:
     args = parser.parse_args()
     shapes = [tuple(map(int, text.split(","))) for text in args.shape] if args.shape else SHAPES
     console = Console(width=150)
-    console.print(f"{platform.machine()}, {nybble.active_isa()}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    console.print(
+        f"{platform.machine()}, {nybble.active_isa()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
     table = Table(title="ms a call, median; in brackets: times as long as nybble")
     names = ("torch bf16", "bitsandbytes eval", "bitsandbytes train", "bitsandbytes")
     for column in ("N x K", "M", "direction", "kernel", "nybble", *names):

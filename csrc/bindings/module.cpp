@@ -30,9 +30,12 @@ struct NonFinite : std::runtime_error {
 
 void raise_unless_ok(const Status& status) {
   switch (status.code) {
-    case Code::ok: return;
-    case Code::non_finite: throw NonFinite(status.value);
-    case Code::out_of_memory: throw std::bad_alloc();
+    case Code::ok:
+      return;
+    case Code::non_finite:
+      throw NonFinite(status.value);
+    case Code::out_of_memory:
+      throw std::bad_alloc();
     case Code::bad_argument:
       throw py::value_error(std::string(status.what) + " is out of range or null: got " + std::to_string(status.value));
   }
@@ -43,8 +46,8 @@ const KernelTable& kernels() {
   if (table != nullptr) return *table;
   std::string known;
   for (const std::string& name : cpu::isas()) known += (known.empty() ? "" : ", ") + name;
-  throw py::value_error("NYBBLE_FORCE_ISA=" + cpu::forced_isa() + " names no instruction set of this machine; it has: " +
-                        known);
+  throw py::value_error("NYBBLE_FORCE_ISA=" + cpu::forced_isa() +
+                        " names no instruction set of this machine; it has: " + known);
 }
 
 template <class Args>
@@ -60,7 +63,8 @@ void run(Status (*KernelTable::*entry)(const Args&), const Args& args) {
 }
 
 // nested_absmax = 0: absmax is plain fp32.
-BlockScales block_scales(Address absmax, Address nested_absmax, Address nested_map, Address offset, int64_t nested_block) {
+BlockScales block_scales(Address absmax, Address nested_absmax, Address nested_map, Address offset,
+                         int64_t nested_block) {
   BlockScales scales;
   if (nested_absmax == 0) {
     scales.plain = pointer<const float>(absmax);
@@ -74,8 +78,8 @@ BlockScales block_scales(Address absmax, Address nested_absmax, Address nested_m
   return scales;
 }
 
-void quantize_4bit(Address x, int dtype, int64_t count, int64_t block_size, Address codebook, int search, Address packed,
-                   Address absmax, int threads) {
+void quantize_4bit(Address x, int dtype, int64_t count, int64_t block_size, Address codebook, int search,
+                   Address packed, Address absmax, int threads) {
   Quantize4Args args;
   args.x = pointer<const void>(x);
   args.dtype = static_cast<DType>(dtype);
@@ -118,8 +122,8 @@ void quantize_8bit(Address x, int dtype, int64_t count, int64_t block_size, Addr
   run(&KernelTable::quantize_8bit, args);
 }
 
-void dequantize_8bit(Address codes, Address absmax, Address map, int64_t count, int64_t block_size, Address out, int dtype,
-                     int threads) {
+void dequantize_8bit(Address codes, Address absmax, Address map, int64_t count, int64_t block_size, Address out,
+                     int dtype, int threads) {
   Dequantize8Args args;
   args.codes = pointer<const uint8_t>(codes);
   args.absmax = pointer<const float>(absmax);
@@ -158,8 +162,9 @@ void dequantize_int8(Address q, Address absmax, int64_t rows, int64_t cols, Addr
 // The address of a weight that lives as long as Python holds it: built once a layer, so a call passes one object.
 class WeightHandle {
  public:
-  static WeightHandle four_bit(Address packed, Address absmax, Address nested_absmax, Address nested_map, Address offset,
-                               int64_t nested_block, Address codebook, int64_t block_size, int64_t rows, int64_t cols) {
+  static WeightHandle four_bit(Address packed, Address absmax, Address nested_absmax, Address nested_map,
+                               Address offset, int64_t nested_block, Address codebook, int64_t block_size, int64_t rows,
+                               int64_t cols) {
     WeightHandle handle;
     handle.weight.rows = rows;
     handle.weight.cols = cols;
@@ -181,9 +186,9 @@ class WeightHandle {
   Weight weight;
 };
 
-void linear(const WeightHandle& handle, bool grad_input, Address x, int64_t x_stride, int64_t m, int dtype, Address side,
-            int side_dtype, Address side_weight, int side_weight_dtype, int64_t rank, Address bias, int bias_dtype,
-            Address out, int threads) {
+void linear(const WeightHandle& handle, bool grad_input, Address x, int64_t x_stride, int64_t m, int dtype,
+            Address side, int side_dtype, Address side_weight, int side_weight_dtype, int64_t rank, Address bias,
+            int bias_dtype, Address out, int threads) {
   const KernelTable& table = kernels();
   LinearArgs args;
   args.weight = handle.weight;

@@ -45,16 +45,16 @@ Status check(const Packed4& weight, int64_t count) {
 }
 
 Status check(const Quantize4Args& args) {
-  return first({in_range(args.count, 0, kMaxElements, "count"), valid_dtype(args.dtype, "dtype"),
-                block_size_ok(args.block_size), non_null(args.x, args.count, "x"),
-                non_null(args.codebook, 1, "codebook"), non_null(args.packed, args.count, "packed"),
-                non_null(args.absmax, args.count, "absmax"),
-                in_range(static_cast<int64_t>(args.search), 0, 1, "search"), in_range(args.threads, 1, 4096, "threads")});
+  return first(
+      {in_range(args.count, 0, kMaxElements, "count"), valid_dtype(args.dtype, "dtype"), block_size_ok(args.block_size),
+       non_null(args.x, args.count, "x"), non_null(args.codebook, 1, "codebook"),
+       non_null(args.packed, args.count, "packed"), non_null(args.absmax, args.count, "absmax"),
+       in_range(static_cast<int64_t>(args.search), 0, 1, "search"), in_range(args.threads, 1, 4096, "threads")});
 }
 
 Status check(const Dequantize4Args& args) {
-  return first({check(args.source, args.count), valid_dtype(args.dtype, "dtype"),
-                non_null(args.out, args.count, "out"), in_range(args.threads, 1, 4096, "threads")});
+  return first({check(args.source, args.count), valid_dtype(args.dtype, "dtype"), non_null(args.out, args.count, "out"),
+                in_range(args.threads, 1, 4096, "threads")});
 }
 
 Status check(const Quantize8Args& args) {
@@ -90,10 +90,10 @@ Status check(const LinearArgs& args) {
   const Weight& weight = args.weight;
   const int64_t rows = weight.rows;
   const int64_t cols = weight.cols;
-  const Status sizes = first({in_range(rows, 0, kMaxElements, "out_features"), in_range(cols, 0, kMaxElements, "in_features"),
-                              in_range(args.m, 0, kMaxElements, "m"), valid_dtype(args.dtype, "dtype"),
-                              in_range(args.side.rank, 0, kMaxElements, "rank"),
-                              in_range(args.threads, 1, 4096, "threads")});
+  const Status sizes =
+      first({in_range(rows, 0, kMaxElements, "out_features"), in_range(cols, 0, kMaxElements, "in_features"),
+             in_range(args.m, 0, kMaxElements, "m"), valid_dtype(args.dtype, "dtype"),
+             in_range(args.side.rank, 0, kMaxElements, "rank"), in_range(args.threads, 1, 4096, "threads")});
   if (!sizes.ok()) return sizes;
   const int64_t count = rows > 0 && cols > kMaxElements / rows ? -1 : rows * cols;
   if (count < 0) return bad_argument("in_features", cols);
@@ -103,8 +103,8 @@ Status check(const LinearArgs& args) {
                 args.m > 1 ? in_range(args.x_stride, args.contraction(), kMaxElements, "x_stride") : success(),
                 non_null(args.out, args.m * args.columns(), "out"), non_null(args.side.left, args.m * rank, "side"),
                 non_null(args.side.right, rank * args.columns(), "side_weight"),
-                valid_dtype(args.side.left_dtype, "side.dtype"), valid_dtype(args.side.right_dtype, "side_weight.dtype"),
-                valid_dtype(args.bias_dtype, "bias.dtype"),
+                valid_dtype(args.side.left_dtype, "side.dtype"),
+                valid_dtype(args.side.right_dtype, "side_weight.dtype"), valid_dtype(args.bias_dtype, "bias.dtype"),
                 args.grad_input && args.bias != nullptr ? bad_argument("bias", 1) : success()});
 }
 

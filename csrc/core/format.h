@@ -40,15 +40,15 @@ struct BlockScales {
 };
 
 struct Packed4 {
-  const uint8_t* packed = nullptr;   // [ceil(count / 2)]
-  const float* codebook = nullptr;   // [16]
+  const uint8_t* packed = nullptr;  // [ceil(count / 2)]
+  const float* codebook = nullptr;  // [16]
   int64_t block_size = 64;
   BlockScales scales;
 };
 
 struct Rows8 {
-  const int8_t* q = nullptr;       // [rows, cols]
-  const float* absmax = nullptr;   // [rows]
+  const int8_t* q = nullptr;      // [rows, cols]
+  const float* absmax = nullptr;  // [rows]
 };
 
 // The weight of a linear layer, [rows = out_features, cols = in_features]. int8 when rows8.q is set, else 4-bit.

@@ -10,24 +10,22 @@
 #include "core/parallel.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(                                                                                 \
+    __attribute__((target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+    apply_to = function)
 #elif defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 
 #define NYBBLE_ISA_NAME "amx"
-#define NYBBLE_ISA_BF16_DOT true
 #define NYBBLE_BF16_DOT 1
 #define NYBBLE_AMX 1
 
 namespace nybble::cpu::amx {
 #include "cpu/simd_avx512.h"
 #include "cpu/simd_amx.h"
-#include "cpu/codec.inl"
-#include "cpu/linear_panel.inl"
-#include "cpu/linear_small_m.inl"
-#include "cpu/table.inl"
+#include "cpu/bodies.inl"
 }  // namespace nybble::cpu::amx
 
 #include "cpu/target_end.h"

@@ -17,14 +17,10 @@
 #endif
 
 #define NYBBLE_ISA_NAME "avx2"
-#define NYBBLE_ISA_BF16_DOT false
 
 namespace nybble::cpu::avx2 {
 #include "cpu/simd_avx2.h"
-#include "cpu/codec.inl"
-#include "cpu/linear_panel.inl"
-#include "cpu/linear_small_m.inl"
-#include "cpu/table.inl"
+#include "cpu/bodies.inl"
 }  // namespace nybble::cpu::avx2
 
 #include "cpu/target_end.h"

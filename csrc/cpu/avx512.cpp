@@ -10,21 +10,18 @@
 #include "core/parallel.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+                             apply_to = function)
 #elif defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 
 #define NYBBLE_ISA_NAME "avx512"
-#define NYBBLE_ISA_BF16_DOT false
 
 namespace nybble::cpu::avx512 {
 #include "cpu/simd_avx512.h"
-#include "cpu/codec.inl"
-#include "cpu/linear_panel.inl"
-#include "cpu/linear_small_m.inl"
-#include "cpu/table.inl"
+#include "cpu/bodies.inl"
 }  // namespace nybble::cpu::avx512
 
 #include "cpu/target_end.h"

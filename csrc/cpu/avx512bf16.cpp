@@ -10,22 +10,19 @@
 #include "core/parallel.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"))), \
+                             apply_to = function)
 #elif defined(__GNUC__)
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")
 #endif
 
 #define NYBBLE_ISA_NAME "avx512bf16"
-#define NYBBLE_ISA_BF16_DOT true
 #define NYBBLE_BF16_DOT 1
 
 namespace nybble::cpu::avx512bf16 {
 #include "cpu/simd_avx512.h"
-#include "cpu/codec.inl"
-#include "cpu/linear_panel.inl"
-#include "cpu/linear_small_m.inl"
-#include "cpu/table.inl"
+#include "cpu/bodies.inl"
 }  // namespace nybble::cpu::avx512bf16
 
 #include "cpu/target_end.h"

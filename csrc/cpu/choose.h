@@ -7,7 +7,7 @@ namespace nybble::cpu {
 struct Choice {
   const char* kernel;  // "linear_small_m" or "linear_panel"
   const char* reason;
-  const char* compute; // what is multiplied and accumulated
+  const char* compute;  // what is multiplied and accumulated
   Status (*run)(const LinearArgs&);
 };
 

@@ -20,21 +20,28 @@ static void from_floats(const float* from, int64_t count, T* to) {
 
 static void load_floats(const void* from, DType dtype, int64_t start, int64_t count, float* to) {
   switch (dtype) {
-    case DType::f32: return to_floats(static_cast<const float*>(from) + start, count, to);
-    case DType::f16: return to_floats(static_cast<const F16*>(from) + start, count, to);
-    case DType::bf16: return to_floats(static_cast<const Bf16*>(from) + start, count, to);
+    case DType::f32:
+      return to_floats(static_cast<const float*>(from) + start, count, to);
+    case DType::f16:
+      return to_floats(static_cast<const F16*>(from) + start, count, to);
+    case DType::bf16:
+      return to_floats(static_cast<const Bf16*>(from) + start, count, to);
   }
 }
 
 static void store_floats(const float* from, int64_t count, DType dtype, void* to, int64_t start) {
   switch (dtype) {
-    case DType::f32: return from_floats(from, count, static_cast<float*>(to) + start);
-    case DType::f16: return from_floats(from, count, static_cast<F16*>(to) + start);
-    case DType::bf16: return from_floats(from, count, static_cast<Bf16*>(to) + start);
+    case DType::f32:
+      return from_floats(from, count, static_cast<float*>(to) + start);
+    case DType::f16:
+      return from_floats(from, count, static_cast<F16*>(to) + start);
+    case DType::bf16:
+      return from_floats(from, count, static_cast<Bf16*>(to) + start);
   }
 }
 
-// The bits of the largest magnitude; a NaN or an infinity gives kInfinity or more, because it is compared as an integer.
+// The bits of the largest magnitude; a NaN or an infinity gives kInfinity or more, because it is compared as an
+// integer.
 constexpr uint32_t kInfinity = 0x7F800000U;
 
 static uint32_t largest_magnitude(const float* x, int64_t count) {
@@ -51,7 +58,8 @@ static uint32_t largest_magnitude(const float* x, int64_t count) {
 
 constexpr float kSmallestAbsmax = 1e-38F;  // what an all-zero block stores
 
-// ---- quantize, 4 bit --------------------------------------------------------------------------------------------------
+// ---- quantize, 4 bit
+// --------------------------------------------------------------------------------------------------
 
 // The codebook in ascending order, with the midpoints that separate its ranks.
 struct SortedCodebook {
@@ -98,7 +106,10 @@ static void rank_block(const float* x, int64_t padded, float reciprocal, const T
 
 // The scale of least squared error. For each of 33 candidate scales the codes c are picked by the rule; given them the
 // best scale is <x, c> / <c, c> and the error |x|^2 - <x, c>^2 / <c, c>.
-static float search_mse(const float* x, int64_t padded, float absmax, const SortedCodebook& sorted) {
+static float search_mse(const float* x, int64_t count, int64_t padded, float absmax, const SortedCodebook& sorted) {
+  // A codebook without 0 gives the padding codes that are not 0; they must not count.
+  const float code_of_zero = sorted.code[sorted.zero_rank];
+  const float of_padding = static_cast<float>(padded - count) * code_of_zero * code_of_zero;
   const Table thresholds = load_table(sorted.threshold);
   const Table codes = load_table(sorted.code);
   float best_gain = 0.0F;
@@ -116,7 +127,7 @@ static float search_mse(const float* x, int64_t padded, float absmax, const Sort
       cc = fma(code, code, cc);
     }
     const float dot = sum(xc);
-    const float norm = sum(cc);
+    const float norm = sum(cc) - of_padding;
     if (norm <= 0.0F || dot <= 0.0F) continue;
     const float gain = dot * factor * (dot * factor / norm);
     if (gain > best_gain) {
@@ -165,7 +176,7 @@ static void quantize_4bit_task(void* context, int64_t index) {
       return;
     }
     float absmax = float_of(magnitude) > kSmallestAbsmax ? float_of(magnitude) : kSmallestAbsmax;
-    if (args.search == Search::mse) absmax = search_mse(x, padded, absmax, job.sorted);
+    if (args.search == Search::mse) absmax = search_mse(x, count, padded, absmax, job.sorted);
     args.absmax[block] = absmax;
     rank_block(x, padded, 1.0F / absmax, thresholds, ranks);
     pack_block(ranks, count, job.sorted, args.packed + start / 2);
@@ -184,7 +195,8 @@ static Status quantize_4bit(const Quantize4Args& args) {
   return failure.status();
 }
 
-// ---- dequantize, 4 bit ------------------------------------------------------------------------------------------------
+// ---- dequantize, 4 bit
+// ------------------------------------------------------------------------------------------------
 
 // codebook * scale, rounded to T: with it a block is decoded by lookups alone.
 template <class T>
@@ -231,9 +243,12 @@ static void dequantize_4bit_task(void* context, int64_t index) {
   const int64_t start = index * kSpan;
   const int64_t count = smaller(kSpan, args.count - start);
   switch (args.dtype) {
-    case DType::f32: return decode_span(args.source, start, count, static_cast<float*>(args.out) + start);
-    case DType::f16: return decode_span(args.source, start, count, static_cast<F16*>(args.out) + start);
-    case DType::bf16: return decode_span(args.source, start, count, static_cast<Bf16*>(args.out) + start);
+    case DType::f32:
+      return decode_span(args.source, start, count, static_cast<float*>(args.out) + start);
+    case DType::f16:
+      return decode_span(args.source, start, count, static_cast<F16*>(args.out) + start);
+    case DType::bf16:
+      return decode_span(args.source, start, count, static_cast<Bf16*>(args.out) + start);
   }
 }
 
@@ -243,7 +258,8 @@ static Status dequantize_4bit(const Dequantize4Args& args) {
   return success();
 }
 
-// ---- block-wise 8 bit -------------------------------------------------------------------------------------------------
+// ---- block-wise 8 bit
+// -------------------------------------------------------------------------------------------------
 
 struct Quantize8Job {
   const Quantize8Args* args;
@@ -326,7 +342,8 @@ static Status dequantize_8bit(const Dequantize8Args& args) {
   return success();
 }
 
-// ---- int8 rows --------------------------------------------------------------------------------------------------------
+// ---- int8 rows
+// --------------------------------------------------------------------------------------------------------
 
 struct QuantizeRowsJob {
   const QuantizeRowsArgs* args;

@@ -79,16 +79,15 @@ bool has_amx() {
   if (!has_avx512bf16() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
   constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0 &&
-         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #elif NYBBLE_X86
 bool has_amx() { return false; }
 #endif
 
 #if NYBBLE_X86
-// On Intel vdpbf16ps runs at half the rate of fp32 multiply-adds (105 against 215 GFLOP/s a core, Sapphire Rapids class,
-// measured), on AMD at twice (461 against 233, two Zen 4 cores): there it goes first, here behind plain AVX-512.
+// On Intel vdpbf16ps runs at half the rate of fp32 multiply-adds (105 against 215 GFLOP/s a core, Sapphire Rapids
+// class, measured), on AMD at twice (461 against 233, two Zen 4 cores): there it goes first, here behind plain AVX-512.
 bool is_intel() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return vendor(&eax, &ebx, &ecx, &edx) && ebx == 0x756E6547U;  // "Genu"
@@ -104,10 +103,8 @@ struct Row {
 
 const Row kRows[] = {
 #if NYBBLE_X86
-    {&amx::kTable, has_amx, always},
-    {&avx512bf16::kTable, has_avx512bf16, prefers_bf16_dot},
-    {&avx512::kTable, has_avx512, always},
-    {&avx2::kTable, has_avx2, always},
+    {&amx::kTable, has_amx, always},       {&avx512bf16::kTable, has_avx512bf16, prefers_bf16_dot},
+    {&avx512::kTable, has_avx512, always}, {&avx2::kTable, has_avx2, always},
 #endif
     {&scalar::kTable, always, always},
 };

@@ -15,16 +15,16 @@
 // thread count nor the tiling changes a bit.
 
 constexpr int64_t kStrip = kTileVectors * kLanes;
-constexpr int64_t kChunk = 512;              // contraction indices decoded at a time
+constexpr int64_t kChunk = 512;  // contraction indices decoded at a time
 #ifdef NYBBLE_AMX
-constexpr int64_t kForwardColumns = 128;     // rows of W in a tile: more, because the multiplication is faster
-constexpr int64_t kRowAlign = kTileSide;     // rows of the accumulators
+constexpr int64_t kForwardColumns = 128;  // rows of W in a tile: more, because the multiplication is faster
+constexpr int64_t kRowAlign = kTileSide;  // rows of the accumulators
 #else
 constexpr int64_t kForwardColumns = 64;
 constexpr int64_t kRowAlign = 1;
 #endif
-constexpr int64_t kGradColumns = 128;        // columns of W in a tile: 64 packed bytes, one cache line
-constexpr int64_t kRowsOfTask = 1024;        // rows of x that share one decode
+constexpr int64_t kGradColumns = 128;  // columns of W in a tile: 64 packed bytes, one cache line
+constexpr int64_t kRowsOfTask = 1024;  // rows of x that share one decode
 
 static_assert(kForwardColumns % kStrip == 0 && kGradColumns % kStrip == 0, "strips fill a tile");
 static_assert(kStrip % kLanes == 0 && kChunk % kLanes == 0, "transposition works on whole vectors");
@@ -32,8 +32,8 @@ static_assert(kStrip % kLanes == 0 && kChunk % kLanes == 0, "transposition works
 // How a step is held and multiplied.
 struct StepF32 {
   using Element = float;
-  static constexpr int64_t kIndices = 1;   // contraction indices of a step
-  static constexpr int64_t kAlign = 1;     // rows of x are padded to a multiple of this many indices
+  static constexpr int64_t kIndices = 1;  // contraction indices of a step
+  static constexpr int64_t kAlign = 1;    // rows of x are padded to a multiple of this many indices
   static inline F32 dot(F32 acc, const char* x, F32 panel) {
     float value;
     memcpy(&value, x, sizeof value);
@@ -58,7 +58,8 @@ struct StepBf16 {
 };
 #endif
 
-// ---- where a panel comes from -----------------------------------------------------------------------------------------
+// ---- where a panel comes from
+// -----------------------------------------------------------------------------------------
 
 // Rows of the weight, decoded to the multiplication's type.
 struct WeightRows {
@@ -136,7 +137,8 @@ static void pack_straight(const Source& source, int64_t first_row, int64_t rows,
       memset(static_cast<void*>(out + here), 0, static_cast<size_t>(kGradColumns - here) * sizeof(Element));
     }
     for (int64_t j = 0; j < kGradColumns; j += kLanes) {
-      merge_rows(buffer + j, buffer + kGradColumns + j, panel + j / kStrip * padded * kStrip + step * kStrip + j % kStrip);
+      merge_rows(buffer + j, buffer + kGradColumns + j,
+                 panel + j / kStrip * padded * kStrip + step * kStrip + j % kStrip);
     }
   }
   for (int64_t strip = 0; strip < kGradColumns / kStrip; ++strip) {
@@ -145,7 +147,8 @@ static void pack_straight(const Source& source, int64_t first_row, int64_t rows,
   }
 }
 
-// ---- multiplication ---------------------------------------------------------------------------------------------------
+// ---- multiplication
+// ---------------------------------------------------------------------------------------------------
 
 // Rows of x (or of the side path's left factor) as the multiplication reads them: one 32-bit element a step.
 struct Operand {
@@ -177,12 +180,18 @@ template <class Step>
 static void multiply_rows(int64_t rows, const char* x, int64_t x_stride, const uint32_t* strip, int64_t steps,
                           float* acc, int64_t acc_stride) {
   switch (rows) {
-    case 1: return multiply_tile<Step, 1>(x, x_stride, strip, steps, acc, acc_stride);
-    case 2: return multiply_tile<Step, 2>(x, x_stride, strip, steps, acc, acc_stride);
-    case 3: return multiply_tile<Step, 3>(x, x_stride, strip, steps, acc, acc_stride);
-    case 4: return multiply_tile<Step, 4>(x, x_stride, strip, steps, acc, acc_stride);
-    case 5: return multiply_tile<Step, 5>(x, x_stride, strip, steps, acc, acc_stride);
-    default: return multiply_tile<Step, kTileRows>(x, x_stride, strip, steps, acc, acc_stride);
+    case 1:
+      return multiply_tile<Step, 1>(x, x_stride, strip, steps, acc, acc_stride);
+    case 2:
+      return multiply_tile<Step, 2>(x, x_stride, strip, steps, acc, acc_stride);
+    case 3:
+      return multiply_tile<Step, 3>(x, x_stride, strip, steps, acc, acc_stride);
+    case 4:
+      return multiply_tile<Step, 4>(x, x_stride, strip, steps, acc, acc_stride);
+    case 5:
+      return multiply_tile<Step, 5>(x, x_stride, strip, steps, acc, acc_stride);
+    default:
+      return multiply_tile<Step, kTileRows>(x, x_stride, strip, steps, acc, acc_stride);
   }
 }
 
@@ -233,7 +242,8 @@ void multiply<StepBf16>(const char* x, int64_t x_stride, int64_t rows, const uin
 }
 #endif
 
-// ---- operands ---------------------------------------------------------------------------------------------------------
+// ---- operands
+// ---------------------------------------------------------------------------------------------------------
 
 struct ConvertJob {
   const void* from;
@@ -279,13 +289,14 @@ static Status prepare(const void* from, DType dtype, int64_t rows, int64_t colum
   return success();
 }
 
-// ---- one task -----------------------------------------------------------------------------------------------------------
+// ---- one task
+// -----------------------------------------------------------------------------------------------------------
 
 struct PanelJob {
   const LinearArgs* args;
   Operand x;
   Operand side;
-  int64_t tile;           // columns of a tile
+  int64_t tile;  // columns of a tile
   int64_t tiles;
   int64_t rows_per_task;
   Failure* failure;
@@ -312,8 +323,9 @@ static bool task_memory(int64_t rows, int64_t tile, TaskMemory* memory, Failure*
 
 // acc += operand . source over `length` contraction indices.
 template <class Step, class Source>
-static void contract(const Source& source, const Operand& operand, int64_t length, bool transposed, int64_t first_column,
-                     int64_t width, int64_t first_row, int64_t rows, int64_t tile, const TaskMemory& memory) {
+static void contract(const Source& source, const Operand& operand, int64_t length, bool transposed,
+                     int64_t first_column, int64_t width, int64_t first_row, int64_t rows, int64_t tile,
+                     const TaskMemory& memory) {
   auto* buffer = static_cast<typename Step::Element*>(memory.rows);
   const char* x = operand.data + first_row * operand.stride;
   for (int64_t at = 0; at < length; at += kChunk) {
@@ -323,8 +335,8 @@ static void contract(const Source& source, const Operand& operand, int64_t lengt
     } else {
       pack_straight<Step>(source, at, count, first_column, width, buffer, memory.panel);
     }
-    multiply<Step>(x + at / Step::kIndices * 4, operand.stride, rows, memory.panel, steps_of(count, Step::kIndices), tile,
-                   memory.acc, buffer);
+    multiply<Step>(x + at / Step::kIndices * 4, operand.stride, rows, memory.panel, steps_of(count, Step::kIndices),
+                   tile, memory.acc, buffer);
   }
 }
 
@@ -380,8 +392,8 @@ static Status linear_panel_as(const LinearArgs& args) {
   job.tile = args.grad_input ? kGradColumns : kForwardColumns;
   job.tiles = divide_up(args.columns(), job.tile);
   job.rows_per_task = rows_per_task(args.m, job.tiles, args.threads);
-  Status status = prepare<Step>(args.x, args.dtype, args.m, args.contraction(), args.x_stride, Slot::inputs, args.threads,
-                                &job.x);
+  Status status =
+      prepare<Step>(args.x, args.dtype, args.m, args.contraction(), args.x_stride, Slot::inputs, args.threads, &job.x);
   if (status.ok() && args.side.rank > 0) {
     status = prepare<Step>(args.side.left, args.side.left_dtype, args.m, args.side.rank, args.side.rank, Slot::side,
                            args.threads, &job.side);

@@ -2,14 +2,14 @@
 // bound, so each packed byte is read once and decoded in registers; activations are held as fp32, split once into even
 // and odd elements, which is how a register of packed bytes decodes. Needs an even in_features (rows start at a byte).
 
-constexpr int64_t kRowsOfStrip = 64;    // rows of W in a task
+constexpr int64_t kRowsOfStrip = 64;  // rows of W in a task
 constexpr int kSmallM = 8;
 
 struct SmallJob {
   const LinearArgs* args;
-  const float* x;      // 4-bit: [m][even | odd][half]; int8: [m][cols]
-  int64_t half;        // floats of one part
-  const float* side;   // [m][rank], null without side path
+  const float* x;     // 4-bit: [m][even | odd][half]; int8: [m][cols]
+  int64_t half;       // floats of one part
+  const float* side;  // [m][rank], null without side path
 };
 
 // Sums of one row of W with M rows of x: two accumulators a pair to hide the latency of the multiply-add.
@@ -215,10 +215,18 @@ static Status linear_small_m(const LinearArgs& args) {
   }
   const int64_t tasks = divide_up(args.weight.rows, kRowsOfStrip);
   switch (padded) {
-    case 1: parallel_for(args.threads, tasks, small_m_task<1>, &job); break;
-    case 2: parallel_for(args.threads, tasks, small_m_task<2>, &job); break;
-    case 4: parallel_for(args.threads, tasks, small_m_task<4>, &job); break;
-    default: parallel_for(args.threads, tasks, small_m_task<8>, &job); break;
+    case 1:
+      parallel_for(args.threads, tasks, small_m_task<1>, &job);
+      break;
+    case 2:
+      parallel_for(args.threads, tasks, small_m_task<2>, &job);
+      break;
+    case 4:
+      parallel_for(args.threads, tasks, small_m_task<4>, &job);
+      break;
+    default:
+      parallel_for(args.threads, tasks, small_m_task<8>, &job);
+      break;
   }
   return success();
 }

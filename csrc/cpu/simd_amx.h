@@ -1,5 +1,5 @@
-// Intel AMX: tiles of 16 rows by 64 bytes, multiplied as bf16 pairs into fp32. A panel's strip of 16 columns by 16 steps
-// is such a tile as it lies in memory, so this is the same panel with another multiplication. Included after
+// Intel AMX: tiles of 16 rows by 64 bytes, multiplied as bf16 pairs into fp32. A panel's strip of 16 columns by 16
+// steps is such a tile as it lies in memory, so this is the same panel with another multiplication. Included after
 // simd_avx512.h, inside the target region.
 
 constexpr int64_t kTileSide = 16;

@@ -2,7 +2,7 @@
 // here, and nothing from the C++ standard library. What each one does: simd_avx512.h says, name by name.
 
 constexpr int kLanes = 8;
-constexpr int kTileRows = 6;      // 6 x 2 accumulators + 2 operands + 1 broadcast of the 16 registers
+constexpr int kTileRows = 6;  // 6 x 2 accumulators + 2 operands + 1 broadcast of the 16 registers
 constexpr int kTileVectors = 2;
 constexpr int kSmallRows = 2;
 
@@ -54,8 +54,7 @@ static inline void store(F16* p, F32 v) {
 static inline void store(int8_t* p, F32 v) {
   const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(v), _mm256_setzero_si256());
   const __m256i joined = _mm256_permute4x64_epi64(words, 0x08);
-  _mm_storel_epi64(reinterpret_cast<__m128i*>(p),
-                   _mm_packs_epi16(_mm256_castsi256_si128(joined), _mm_setzero_si128()));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(_mm256_castsi256_si128(joined), _mm_setzero_si128()));
 }
 
 static inline I32 zero_index() { return _mm256_setzero_si256(); }

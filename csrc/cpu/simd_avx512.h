@@ -2,9 +2,9 @@
 // target region and a namespace: no include lines here, and nothing from the C++ standard library.
 
 constexpr int kLanes = 16;
-constexpr int kTileRows = 6;      // 6 x 4 accumulators + 4 operands + 1 broadcast of the 32 registers
+constexpr int kTileRows = 6;  // 6 x 4 accumulators + 4 operands + 1 broadcast of the 32 registers
 constexpr int kTileVectors = 4;
-constexpr int kSmallRows = 4;     // weight rows in flight in the small-M kernel
+constexpr int kSmallRows = 4;  // weight rows in flight in the small-M kernel
 
 using F32 = __m512;
 using I32 = __m512i;

@@ -13,12 +13,20 @@ struct I32 {
   uint32_t lane[kLanes];
 };
 
-#define NYBBLE_LANES(expression)                     \
-  for (int i = 0; i < kLanes; ++i) { expression; }
+#define NYBBLE_LANES(expression)     \
+  for (int i = 0; i < kLanes; ++i) { \
+    expression;                      \
+  }
 
-static inline F32 broadcast(float v) { F32 r; NYBBLE_LANES(r.lane[i] = v) return r; }
+static inline F32 broadcast(float v) {
+  F32 r;
+  NYBBLE_LANES(r.lane[i] = v) return r;
+}
 static inline F32 zero() { return broadcast(0.0F); }
-static inline F32 load(const float* p) { F32 r; NYBBLE_LANES(r.lane[i] = p[i]) return r; }
+static inline F32 load(const float* p) {
+  F32 r;
+  NYBBLE_LANES(r.lane[i] = p[i]) return r;
+}
 static inline void store(float* p, F32 v) { NYBBLE_LANES(p[i] = v.lane[i]) }
 static inline F32 add(F32 a, F32 b) { NYBBLE_LANES(a.lane[i] += b.lane[i]) return a; }
 static inline F32 mul(F32 a, F32 b) { NYBBLE_LANES(a.lane[i] *= b.lane[i]) return a; }
@@ -36,9 +44,18 @@ static inline float sum(F32 v) {
 }
 static inline void prefetch(const void*) {}
 
-static inline F32 load(const Bf16* p) { F32 r; NYBBLE_LANES(r.lane[i] = bf16_to_float(p[i].bits)) return r; }
-static inline F32 load(const F16* p) { F32 r; NYBBLE_LANES(r.lane[i] = f16_to_float(p[i].bits)) return r; }
-static inline F32 load(const int8_t* p) { F32 r; NYBBLE_LANES(r.lane[i] = static_cast<float>(p[i])) return r; }
+static inline F32 load(const Bf16* p) {
+  F32 r;
+  NYBBLE_LANES(r.lane[i] = bf16_to_float(p[i].bits)) return r;
+}
+static inline F32 load(const F16* p) {
+  F32 r;
+  NYBBLE_LANES(r.lane[i] = f16_to_float(p[i].bits)) return r;
+}
+static inline F32 load(const int8_t* p) {
+  F32 r;
+  NYBBLE_LANES(r.lane[i] = static_cast<float>(p[i])) return r;
+}
 static inline void store(Bf16* p, F32 v) { NYBBLE_LANES(p[i].bits = float_to_bf16(v.lane[i])) }
 static inline void store(F16* p, F32 v) { NYBBLE_LANES(p[i].bits = float_to_f16(v.lane[i])) }
 // Adding and taking away 1.5 * 2^23 rounds to nearest even.
@@ -46,7 +63,10 @@ static inline void store(int8_t* p, F32 v) {
   NYBBLE_LANES(p[i] = static_cast<int8_t>((v.lane[i] + 12582912.0F) - 12582912.0F))
 }
 
-static inline I32 zero_index() { I32 r; NYBBLE_LANES(r.lane[i] = 0) return r; }
+static inline I32 zero_index() {
+  I32 r;
+  NYBBLE_LANES(r.lane[i] = 0) return r;
+}
 static inline I32 max_magnitude(I32 so_far, F32 v) {
   for (int i = 0; i < kLanes; ++i) {
     const uint32_t magnitude = bits_of(v.lane[i]) & 0x7FFFFFFFU;

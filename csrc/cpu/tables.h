@@ -10,12 +10,22 @@
 
 namespace nybble::cpu {
 
-namespace scalar { extern const KernelTable kTable; }
+namespace scalar {
+extern const KernelTable kTable;
+}
 #if NYBBLE_X86
-namespace avx2 { extern const KernelTable kTable; }
-namespace avx512 { extern const KernelTable kTable; }
-namespace amx { extern const KernelTable kTable; }
-namespace avx512bf16 { extern const KernelTable kTable; }
+namespace avx2 {
+extern const KernelTable kTable;
+}
+namespace avx512 {
+extern const KernelTable kTable;
+}
+namespace amx {
+extern const KernelTable kTable;
+}
+namespace avx512bf16 {
+extern const KernelTable kTable;
+}
 #endif
 
 }  // namespace nybble::cpu

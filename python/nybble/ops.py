@@ -278,13 +278,15 @@ def _lora_linear_impl(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 def _linear_fake(x: Tensor, *args: Any) -> Tensor:
     weight, rest = _split(args)
-    check_args(x, weight, *rest, False)
+    bias, side, side_weight = rest
+    check_args(x, weight, bias, side, side_weight, False)
     return x.new_empty(*x.shape[:-1], weight.out_features)
 
 
 def _grad_input_fake(g: Tensor, *args: Any) -> Tensor:
     weight, rest = _split(args)
-    check_args(g, weight, None, *rest, True)
+    side, side_weight = rest
+    check_args(g, weight, None, side, side_weight, True)
     return g.new_empty(*g.shape[:-1], weight.in_features)
 
 

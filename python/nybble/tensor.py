@@ -7,13 +7,16 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .errors import LayoutError, UnsupportedDtypeError
 from .formats import BLOCK_SIZES, NESTED_BLOCK_SIZE, QuantConfig, dynamic_map
+
+if TYPE_CHECKING:
+    from .backends import PackedWeight
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -102,11 +105,24 @@ class QuantTensor:
         dtype = self.dtype if dtype is None else dtype
         if dtype not in _DTYPE_NAMES:
             raise UnsupportedDtypeError(f"dtype is {dtype}; allowed are {', '.join(_DTYPES)}")
-        backend = _backend(self.packed)
-        if self.codebook is None:
-            return backend.dequantize_int8(self.packed, self.absmax, dtype)
-        return backend.dequantize_4bit(
-            self.packed, self.absmax_float(), self.codebook, self.block_size, self.shape, dtype
+        return _backend(self.packed).dequantize(self.packed_weight(), dtype).reshape(self.shape)
+
+    def packed_weight(self) -> PackedWeight:
+        """The tensors as kernels take them: [out, in], else one row of all elements."""
+        from nybble.backends import PackedWeight
+
+        rows, columns = self.shape if len(self.shape) == 2 else (1, self.numel)
+        return PackedWeight(
+            packed=self.packed,
+            absmax=self.absmax,
+            codebook=self.codebook,
+            nested_absmax=self.nested_absmax,
+            nested_map=self.nested_map,
+            nested_offset=self.nested_offset,
+            out_features=rows,
+            in_features=columns,
+            block_size=self.block_size,
+            nested_block_size=self.nested_block_size,
         )
 
     def absmax_float(self) -> Tensor:

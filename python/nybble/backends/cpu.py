@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +24,7 @@ def quantize_4bit(
     """See `nybble.reference.quantize_4bit`."""
     reference.check_float(x, name)
     check_block_size(block_size)
-    reference.check_codebook(codebook, 16)
+    reference.check_codebook(codebook, 16, x.device)
     if search not in _SEARCHES:
         raise FormatError(f"search is {search!r}; allowed are {', '.join(_SEARCHES)}")
     x, codebook = x.detach().contiguous(), codebook.contiguous()
@@ -55,7 +54,8 @@ def dequantize_4bit(
 ) -> Tensor:
     """See `nybble.reference.dequantize_4bit`."""
     check_block_size(block_size)
-    reference.check_codebook(codebook, 16)
+    reference.check_codebook(codebook, 16, packed.device)
+    reference.check_output_dtype(dtype)
     n = math.prod(shape)
     reference.check_packed(packed, absmax, block_size, n)
     weight = PackedWeight(
@@ -67,6 +67,7 @@ def dequantize_4bit(
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The weight [out_features, in_features] in `dtype`, its scales decoded inside the kernel."""
     weight.check()
+    reference.check_output_dtype(dtype)
     out = torch.empty(weight.out_features, weight.in_features, dtype=dtype)
     if weight.codebook is None:
         _core.dequantize_int8(
@@ -114,7 +115,7 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> 
     """See `nybble.reference.quantize_8bit`."""
     reference.check_float(x, name)
     check_block_size(block_size)
-    reference.check_codebook(code, 256)
+    reference.check_codebook(code, 256, x.device)
     x, code = x.detach().contiguous(), code.contiguous()
     q = torch.empty(x.shape, dtype=torch.uint8)
     absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32)
@@ -138,10 +139,9 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> 
 def dequantize_8bit(q: Tensor, absmax: Tensor, code: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """See `nybble.reference.dequantize_8bit`."""
     check_block_size(block_size)
-    reference.check_codebook(code, 256)
-    blocks = -(-q.numel() // block_size)
-    if absmax.numel() != blocks:
-        raise LayoutError(f"absmax has {absmax.numel()} elements; {q.numel()} codes in blocks of {block_size} need {blocks}")
+    reference.check_codebook(code, 256, q.device)
+    reference.check_8bit(q, absmax, block_size)
+    reference.check_output_dtype(dtype)
     q, absmax, code = q.contiguous(), absmax.contiguous(), code.contiguous()
     out = torch.empty(q.shape, dtype=dtype)
     _core.dequantize_8bit(
@@ -178,14 +178,16 @@ def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(q: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
     """See `nybble.reference.dequantize_int8`."""
-    if q.dim() != 2:
-        raise LayoutError(f"q has shape {tuple(q.shape)}; the int8 layout is a matrix [N, K]")
+    reference.check_int8(q, scb)
+    reference.check_output_dtype(dtype)
     return dequantize(
         PackedWeight(q.contiguous(), scb.contiguous(), None, None, None, None, q.shape[0], q.shape[1], 0, 1), dtype
     )
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, side: Tensor | None, side_weight: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, side: Tensor | None, side_weight: Tensor | None
+) -> Tensor:
     """x W^T + side side_weight^T + bias in x's dtype, one pass over the output.
 
     Arguments have been checked (`nybble.ops.check_args`).
@@ -265,6 +267,6 @@ def _code(tensor: Tensor | None) -> int:
 
 def explain_linear(
     out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool
-) -> dict[str, Any]:
+) -> dict[str, str]:
     """Which kernel `linear` (or `grad_input`) would run, and why: kernel, isa, compute, reason."""
     return _core.explain_linear(out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input)

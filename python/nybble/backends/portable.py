@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -49,12 +47,12 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
             weight.nested_block_size,
         )
     shape = (weight.out_features, weight.in_features)
-    return dequantize_4bit(
-        weight.packed, as_float(absmax), as_float(weight.codebook), weight.block_size, shape, dtype
-    )
+    return dequantize_4bit(weight.packed, as_float(absmax), as_float(weight.codebook), weight.block_size, shape, dtype)
 
 
-def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, side: Tensor | None, side_weight: Tensor | None) -> Tensor:
+def linear(
+    x: Tensor, weight: PackedWeight, bias: Tensor | None, side: Tensor | None, side_weight: Tensor | None
+) -> Tensor:
     """x W^T + side side_weight^T + bias in x's dtype; x [m, in_features]."""
     y = x @ dequantize(weight, x.dtype).t()
     if side is not None and side_weight is not None:
@@ -72,7 +70,7 @@ def grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weight
 
 def explain_linear(
     out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool
-) -> dict[str, Any]:
+) -> dict[str, str]:
     """What would run, and why."""
     return {
         "kernel": "dequantize + matmul",

@@ -42,8 +42,13 @@ class PackedWeight(NamedTuple):
         return self.codebook is None
 
     def check(self) -> None:
-        """Raises LayoutError or UnsupportedDtypeError unless every tensor has the size and dtype that a kernel reads."""
+        """Raises LayoutError or UnsupportedDtypeError unless each tensor has the size and dtype that kernels read."""
         count = self.out_features * self.in_features
+        for name, tensor in zip(self._fields[1:6], self[1:6], strict=True):
+            if tensor is not None and tensor.device != self.packed.device:
+                raise LayoutError(
+                    f"{name} is on {tensor.device}, but packed is on {self.packed.device}; move one of them"
+                )
         if self.codebook is None:
             _expect("packed", self.packed, (torch.int8,), count)
             _expect("absmax", self.absmax, _FLOAT_BITS, self.out_features)

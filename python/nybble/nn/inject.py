@@ -1,4 +1,4 @@
-"""Whole models: swap linear layers for quantized ones, put LoRA beside them; what was done and what was not, reported."""
+"""Whole models: swap linear layers for quantized ones, put LoRA beside them, and report what was done and what not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import NonFiniteError, PatternError
+from ..errors import PatternError
 from ..formats import QuantConfig, match_module
 from ..reference import check_finite
 from ..tensor import QuantTensor
@@ -43,7 +43,8 @@ class QuantizeReport:
     def __str__(self) -> str:
         lines = [
             f"quantized {len(self.quantized)} layers, {self.parameters:,} weights, "
-            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB, {self.bits_per_weight:.3f} bits/weight"
+            f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB, "
+            f"{self.bits_per_weight:.3f} bits/weight"
         ]
         return "\n".join(lines + [f"kept {name}: {reason}" for name, reason in self.skipped.items()])
 
@@ -88,15 +89,19 @@ class LoRAReport:
 
     def __str__(self) -> str:
         share = 100 * self.trainable / max(1, self.total)
-        head = f"LoRA on {len(self.targets)} layers: {self.trainable:,} of {self.total:,} parameters train ({share:.2f}%)"
+        head = (
+            f"LoRA on {len(self.targets)} layers: {self.trainable:,} of {self.total:,} parameters train ({share:.2f}%)"
+        )
         return "\n".join([head, *self.notes])
 
 
-# ---- quantize ----------------------------------------------------------------------------------------------------------
+# ---- quantize ------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def quantize_(module: nn.Module, config: QuantConfig | None = None, skip: Iterable[str] | None = None) -> QuantizeReport:
+def quantize_(
+    module: nn.Module, config: QuantConfig | None = None, skip: Iterable[str] | None = None
+) -> QuantizeReport:
     """Replaces every nn.Linear inside `module` by a QuantLinear, in place.
 
     Left alone, each with its reason in the report: what `config.skip` or `skip` matches, layers whose weight is tied
@@ -177,7 +182,7 @@ def _require_finite(weight: Tensor, name: str) -> None:
         check_finite(weight, max(1, weight.numel()), name, unit="tensor")
 
 
-# ---- LoRA --------------------------------------------------------------------------------------------------------------
+# ---- LoRA ----------------------------------------------------------------------------------------------------------
 
 
 def add_lora(model: nn.Module, config: LoRAConfig | None = None, **options: Any) -> LoRAReport:
@@ -233,19 +238,18 @@ def count_parameters(model: nn.Module) -> int:
     total = 0
     seen: set[int] = set()
     for module in model.modules():
-        packed = isinstance(module, QuantLinear)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
             seen.add(id(parameter))
-            if packed and name == "weight":
-                total += module.in_features * module.out_features
-            elif not packed or name == "bias":
+            if not isinstance(module, QuantLinear) or name == "bias":
                 total += parameter.numel()
+            elif name == "weight":
+                total += module.in_features * module.out_features
     return total
 
 
-# ---- names -------------------------------------------------------------------------------------------------------------
+# ---- names ---------------------------------------------------------------------------------------------------------
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -299,7 +303,6 @@ __all__ = [
     "ALL_LINEAR",
     "LoRAConfig",
     "LoRAReport",
-    "NonFiniteError",
     "QuantizeReport",
     "add_lora",
     "count_parameters",

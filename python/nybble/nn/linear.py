@@ -255,8 +255,9 @@ class QuantLinear(nn.Module):
 
 
 def _cloned(tensor: QuantTensor) -> QuantTensor:
-    values = {f.name: getattr(tensor, f.name) for f in fields(tensor)}
-    return replace(tensor, **{name: value.clone() for name, value in values.items() if isinstance(value, Tensor)})
+    values: dict[str, Any] = {f.name: getattr(tensor, f.name) for f in fields(tensor)}
+    clones: dict[str, Any] = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+    return replace(tensor, **clones)
 
 
 def _describe(tensor: QuantTensor, config: QuantConfig) -> QuantConfig:

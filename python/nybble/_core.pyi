@@ -1,0 +1,75 @@
+"""nybble's compiled core: raw addresses, sizes and thread counts; dtype codes 0 fp32, 1 fp16, 2 bf16."""
+
+class NonFiniteBlock(ValueError): ...
+
+class Weight:
+    @staticmethod
+    def four_bit(
+        packed: int,
+        absmax: int,
+        nested_absmax: int,
+        nested_map: int,
+        nested_offset: int,
+        nested_block_size: int,
+        codebook: int,
+        block_size: int,
+        rows: int,
+        cols: int,
+    ) -> Weight: ...
+    @staticmethod
+    def int8_rows(q: int, absmax: int, rows: int, cols: int) -> Weight: ...
+
+def isas() -> list[str]: ...
+def active_isa() -> str: ...
+def set_active_isa(name: str) -> str: ...
+def quantize_4bit(
+    x: int,
+    dtype: int,
+    count: int,
+    block_size: int,
+    codebook: int,
+    search: int,
+    packed: int,
+    absmax: int,
+    threads: int,
+) -> None: ...
+def dequantize_4bit(
+    packed: int,
+    absmax: int,
+    nested_absmax: int,
+    nested_map: int,
+    nested_offset: int,
+    nested_block_size: int,
+    codebook: int,
+    block_size: int,
+    count: int,
+    out: int,
+    dtype: int,
+    threads: int,
+) -> None: ...
+def quantize_8bit(
+    x: int, dtype: int, count: int, block_size: int, map: int, codes: int, absmax: int, threads: int
+) -> None: ...
+def dequantize_8bit(
+    codes: int, absmax: int, map: int, count: int, block_size: int, out: int, dtype: int, threads: int
+) -> None: ...
+def quantize_int8(x: int, dtype: int, rows: int, cols: int, q: int, absmax: int, threads: int) -> None: ...
+def dequantize_int8(q: int, absmax: int, rows: int, cols: int, out: int, dtype: int, threads: int) -> None: ...
+def linear(
+    weight: Weight,
+    grad_input: bool,
+    x: int,
+    x_stride: int,
+    m: int,
+    dtype: int,
+    side: int,
+    side_dtype: int,
+    side_weight: int,
+    side_weight_dtype: int,
+    rank: int,
+    bias: int,
+    bias_dtype: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def explain_linear(rows: int, cols: int, m: int, dtype: int, int8: bool, grad_input: bool) -> dict[str, str]: ...
