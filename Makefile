@@ -38,6 +38,7 @@ $(VENV)/.check: $(VENV)/.base
 	touch $@
 
 demo: $(VENV)/.demo
+	rm -rf demo-out
 	$(BIN)/nybble demo --out demo-out
 
 test: $(VENV)/.test

@@ -1,21 +1,34 @@
 """nybble: 4-bit and 8-bit weights for language models, to run and to fine-tune on the machine you own.
 
-Nothing happens at import: no network, no probing of devices, no patching. torch comes first, so that the compiled core
-shares its OpenMP runtime.
+Nothing happens at import: no network, no probing of devices, no patching. Names are loaded on first use, so that
+`nybble --help` does not wait for torch. `import nybble.ops` registers the operators (`torch.ops.nybble.*`), which a
+program that only loads an exported graph needs.
 """
 
 from __future__ import annotations
 
-import torch as _torch  # noqa: F401  (before the core: one OpenMP runtime in the process)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .checkpoint import load, load_adapter, quantize, save_adapter
-from .explain import Explanation, active_isa, explain, isas
-from .formats import QuantConfig
-from .nn import LoRAConfig, LoRALinear, LoRAReport, QuantizeReport, QuantLinear, add_lora, quantize_
-from .tensor import QuantTensor
-from .training import TrainConfig, TrainReport, finetune
+if TYPE_CHECKING:
+    from .checkpoint import load, load_adapter, quantize, save_adapter
+    from .formats import QuantConfig
+    from .introspection import Explanation, active_isa, explain, isas
+    from .nn import LoRAConfig, LoRALinear, LoRAReport, QuantizeReport, QuantLinear, add_lora, quantize_
+    from .tensor import QuantTensor
+    from .training import TrainConfig, TrainReport, finetune
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "checkpoint": ("load", "load_adapter", "quantize", "save_adapter"),
+    "formats": ("QuantConfig",),
+    "introspection": ("Explanation", "active_isa", "explain", "isas"),
+    "nn": ("LoRAConfig", "LoRALinear", "LoRAReport", "QuantLinear", "QuantizeReport", "add_lora", "quantize_"),
+    "tensor": ("QuantTensor",),
+    "training": ("TrainConfig", "TrainReport", "finetune"),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Explanation",
@@ -39,3 +52,18 @@ __all__ = [
     "quantize_",
     "save_adapter",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    home = _HOME.get(name)
+    if home is None and name not in _HOMES:
+        raise AttributeError(f"module 'nybble' has no attribute {name!r}")
+    if home is None:
+        return import_module(f".{name}", __name__)
+    value = getattr(import_module(f".{home}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
