@@ -156,7 +156,7 @@ def test_doctor_in_a_process_of_its_own_finds_one_openmp_runtime() -> None:
 def test_doctor_explains_common_shapes_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     output = call("doctor")
     for n, k in doctor.SHAPES:
-        assert output.count(f"{n}, {k} ") == len(doctor.ROWS)
+        assert output.count(f"{n}, {k} ") == 2 * len(doctor.ROWS)  # forward and grad_input
     monkeypatch.setattr(doctor, "openmp_runtimes", lambda: None)
     assert "unknown on this platform" in call("doctor", "--m", 1)
 

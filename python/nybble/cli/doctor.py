@@ -6,13 +6,13 @@ import os
 import platform
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 # [out_features, in_features] of common layers: square 7B attention, 7B MLP, 135M MLP.
 SHAPES = ((4096, 4096), (11008, 4096), (1536, 576))
-ROWS = (1, 16, 256)
+ROWS = (1, 256)
 
 
 def parse_shape(text: str) -> tuple[int, int]:
@@ -82,15 +82,20 @@ def command(
     import nybble
 
     console = Console(soft_wrap=True)
-    table = Table(show_header=False)
+    table = Table("what", "value", show_header=False)
+    table.columns[1].overflow = "fold"  # a path is copied whole or not at all
     for what, value in facts():
         table.add_row(what, value)
     console.print(table)
-    kernels = Table("N, K", "m", "what would run", title=f"kernels for {dtype} input", title_justify="left")
+    title = f"kernels for {dtype} input, {torch.get_num_threads()} threads"
+    kernels = Table("N, K", "m", "operation", "kernel", "computes in", "because", title=title, title_justify="left")
     for size in shapes:
         for rows in ROWS if m is None else (m,):
-            chosen: Any = nybble.explain(size, m=rows, dtype=getattr(torch, dtype))
-            kernels.add_row(f"{size[0]}, {size[1]}", str(rows), str(chosen))
+            for backward in (False, True):
+                chosen = nybble.explain(size, m=rows, dtype=getattr(torch, dtype), grad_input=backward)
+                kernel = f"{chosen.kernel} ({chosen.isa})"
+                shown = f"{size[0]}, {size[1]}"
+                kernels.add_row(shown, str(rows), chosen.operation, kernel, chosen.compute, chosen.reason)
     console.print(kernels)
 
 

@@ -25,9 +25,9 @@ def command(
     from rich.console import Console
     from rich.progress import Progress
 
-    from nybble.cli.shared import load_model
-    from nybble.training.data import to_tokens
-    from nybble.training.evaluate import perplexity
+    from ..training.data import to_tokens
+    from ..training.evaluate import perplexity
+    from .shared import load_model
 
     model, tokenizer = load_model(model_dir, adapter, device)
     tokens = to_tokens(text, tokenizer, "text")[:max_tokens]

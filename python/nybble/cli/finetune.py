@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nybble.training.config import TrainConfig
+from ..training.config import TrainConfig
 
 _HELP = {field.name: field.metadata["help"] for field in fields(TrainConfig)}
 
@@ -79,9 +79,9 @@ def command(
             raise FileNotFoundError(f"{path}: no such file or directory")
     import torch
 
-    from nybble.cli.shared import load_model
-    from nybble.nn import LoRAConfig, add_lora
-    from nybble.training.loop import finetune
+    from ..nn import LoRAConfig, add_lora
+    from ..training.loop import finetune
+    from .shared import load_model
 
     layers = "all-linear" if target is None else tuple(target)
     lora = LoRAConfig(r=rank, alpha=alpha, dropout=dropout, target=layers, rslora=rslora)
@@ -98,7 +98,7 @@ def _print_summary(report: Any) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from nybble.training.metrics import format_memory
+    from ..training.metrics import format_memory
 
     table = Table(show_header=False)
     table.add_row("steps", f"{len(report.losses):,}" + (" (interrupted)" if report.interrupted else ""))

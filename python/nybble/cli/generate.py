@@ -19,8 +19,8 @@ def command(
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
     """Print the prompt and what the model writes after it; with --chat, its answer alone."""
-    from nybble.cli.shared import load_model
-    from nybble.training.sample import generate_text
+    from ..training.sample import generate_text
+    from .shared import load_model
 
     model, tokenizer = load_model(model_dir, adapter, device)
     text = generate_text(model, tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat)

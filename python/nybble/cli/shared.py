@@ -23,7 +23,7 @@ def load_tokenizer(directory: Path) -> Any:
 
 def load_model(directory: Path, adapter: Path | None = None, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
     """(model in eval mode, tokenizer) of a checkpoint directory, quantized or not, with an adapter on it if given."""
-    from nybble.checkpoint import load, load_adapter
+    from ..checkpoint import load, load_adapter
 
     model = load(directory, device=device)
     if adapter is not None:

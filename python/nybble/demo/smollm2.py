@@ -94,8 +94,8 @@ def write_checkpoint(destination: str | Path, gguf_path: str | Path | None = Non
     """
     from gguf import GGUFReader
 
-    from nybble.checkpoint.files import check_destination
-    from nybble.checkpoint.writer import ShardWriter, Slot, Staging, tensor_bytes
+    from ..checkpoint.files import check_destination
+    from ..checkpoint.writer import ShardWriter, Slot, Staging, tensor_bytes
 
     destination = Path(destination)
     gguf_path = find_gguf() if gguf_path is None else Path(gguf_path)

@@ -1,9 +1,9 @@
 """Fine-tuning: packed text, a loop that reads top to bottom, perplexity, and what a run leaves behind."""
 
-from nybble.training.config import TrainConfig, learning_rate
-from nybble.training.evaluate import perplexity
-from nybble.training.loop import Evaluation, NonFiniteLossError, TrainReport, finetune
-from nybble.training.sample import generate_text
+from .config import TrainConfig, learning_rate
+from .evaluate import perplexity
+from .loop import Evaluation, NonFiniteLossError, TrainReport, finetune
+from .sample import generate_text
 
 __all__ = [
     "Evaluation",

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from nybble.training.loss import CausalLoss
+from .loss import CausalLoss
 
 
 def perplexity(

@@ -18,13 +18,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from nybble.errors import DestinationExistsError
-from nybble.training.config import TrainConfig, learning_rate
-from nybble.training.data import Batches, Data, pack, split, to_tokens
-from nybble.training.evaluate import check_length, check_vocabulary, mean_loss
-from nybble.training.loss import CausalLoss
-from nybble.training.metrics import Display, MetricsFile, memory_bytes, peak_memory_bytes
-from nybble.training.plot import plot_loss
+from ..errors import DestinationExistsError
+from .config import TrainConfig, learning_rate
+from .data import Batches, Data, pack, split, to_tokens
+from .evaluate import check_length, check_vocabulary, mean_loss
+from .loss import CausalLoss
+from .metrics import Display, MetricsFile, memory_bytes, peak_memory_bytes
+from .plot import plot_loss
 
 
 class NonFiniteLossError(ValueError):
@@ -262,7 +262,7 @@ def _prepare_out_dir(model: nn.Module, config: TrainConfig, save: Any) -> Path |
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise DestinationExistsError(f"out_dir {out} exists and is not empty; a new or empty directory is needed")
     if save is None:
-        from nybble.checkpoint.peft import lora_layers
+        from ..checkpoint.peft import lora_layers
 
         if not lora_layers(model):
             raise ValueError(
@@ -279,7 +279,7 @@ def _write_results(
     model: nn.Module, report: TrainReport, config: TrainConfig, out: Path, save: Any, display: Display
 ) -> None:
     if save is None:
-        from nybble.checkpoint.peft import save_adapter as save
+        from ..checkpoint.peft import save_adapter as save
     report.adapter_dir = out / "adapter"
     save(model, report.adapter_dir)
     if config.plot:

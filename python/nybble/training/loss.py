@@ -128,7 +128,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved = [g * grad.to(g.dtype) for g in ctx.saved_tensors]
         grad_hidden = saved.pop(0) if ctx.has_hidden else None
         return grad_hidden, None, None, None, *saved

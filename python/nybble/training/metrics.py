@@ -46,7 +46,7 @@ def memory_bytes(device: torch.device | str = "cpu") -> int | None:
 
 def format_memory(count: int | None) -> str:
     """1_500_000_000 -> "1.50 GB"; None -> "unknown"."""
-    from nybble.checkpoint.report import format_bytes
+    from ..checkpoint.report import format_bytes
 
     return "unknown" if count is None else format_bytes(count)
 
