@@ -62,6 +62,14 @@ def found_perplexity(output: str) -> float:
     return float(match[1])
 
 
+def test_the_commands_are_known_without_loading_torch() -> None:
+    code = (
+        "import sys; from nybble.cli.app import build; build(); print(sorted({'torch', 'numpy'} & sys.modules.keys()))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.stdout.strip() == "[]", result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "nf4"])
 def test_finetune_then_eval_and_generate_with_the_adapter(
     quantized: bool, model_dir: Path, text: Path, tmp_path: Path

@@ -1,9 +1,18 @@
-"""Fine-tuning: packed text, a loop that reads top to bottom, perplexity, and what a run leaves behind."""
+"""Fine-tuning: packed text, a loop that reads top to bottom, perplexity, and what a run leaves behind.
 
-from .config import TrainConfig, learning_rate
-from .evaluate import perplexity
-from .loop import Evaluation, NonFiniteLossError, TrainReport, finetune
-from .sample import generate_text
+Names are loaded on first use: the command line reads its options from `config`, which needs no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .config import TrainConfig, learning_rate
+    from .evaluate import perplexity
+    from .loop import Evaluation, NonFiniteLossError, TrainReport, finetune
+    from .sample import generate_text
 
 __all__ = [
     "Evaluation",
@@ -15,3 +24,17 @@ __all__ = [
     "learning_rate",
     "perplexity",
 ]
+
+_HOMES = {
+    "config": ("TrainConfig", "learning_rate"),
+    "evaluate": ("perplexity",),
+    "loop": ("Evaluation", "NonFiniteLossError", "TrainReport", "finetune"),
+    "sample": ("generate_text",),
+}
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
