@@ -62,6 +62,13 @@ void run(Status (*KernelTable::*entry)(const Args&), const Args& args) {
   raise_unless_ok(status);
 }
 
+int power_of_two(int64_t value, const char* what) {
+  if (value < 1 || (value & (value - 1)) != 0) {
+    throw py::value_error(std::string(what) + " must be a power of two, got " + std::to_string(value));
+  }
+  return log2_of(value);
+}
+
 // nested_absmax = 0: absmax is plain fp32.
 BlockScales block_scales(Address absmax, Address nested_absmax, Address nested_map, Address offset,
                          int64_t nested_block) {
@@ -73,7 +80,7 @@ BlockScales block_scales(Address absmax, Address nested_absmax, Address nested_m
     scales.nested = pointer<const float>(nested_absmax);
     scales.map = pointer<const float>(nested_map);
     scales.offset = pointer<const float>(offset);
-    scales.nested_block = nested_block;
+    scales.nested_shift = power_of_two(nested_block, "nested_block_size");
   }
   return scales;
 }
@@ -99,7 +106,7 @@ void dequantize_4bit(Address packed, Address absmax, Address nested_absmax, Addr
   Dequantize4Args args;
   args.source.packed = pointer<const uint8_t>(packed);
   args.source.codebook = pointer<const float>(codebook);
-  args.source.block_size = block_size;
+  args.source.block_shift = power_of_two(block_size, "block_size");
   args.source.scales = block_scales(absmax, nested_absmax, nested_map, offset, nested_block);
   args.count = count;
   args.out = pointer<void>(out);
@@ -170,7 +177,7 @@ class WeightHandle {
     handle.weight.cols = cols;
     handle.weight.packed4.packed = pointer<const uint8_t>(packed);
     handle.weight.packed4.codebook = pointer<const float>(codebook);
-    handle.weight.packed4.block_size = block_size;
+    handle.weight.packed4.block_shift = power_of_two(block_size, "block_size");
     handle.weight.packed4.scales = block_scales(absmax, nested_absmax, nested_map, offset, nested_block);
     return handle;
   }

@@ -35,13 +35,13 @@ Status block_size_ok(int64_t block_size) {
 Status check(const Packed4& weight, int64_t count) {
   const BlockScales& scales = weight.scales;
   const bool nested = scales.plain == nullptr;
-  return first({in_range(count, 0, kMaxElements, "count"), block_size_ok(weight.block_size),
+  return first({in_range(count, 0, kMaxElements, "count"), block_size_ok(weight.block_size()),
                 non_null(weight.packed, count, "packed"), non_null(weight.codebook, 1, "codebook"),
                 nested ? non_null(scales.codes, count, "absmax") : success(),
                 nested ? non_null(scales.nested, count, "nested_absmax") : success(),
                 nested ? non_null(scales.map, count, "nested_map") : success(),
                 nested ? non_null(scales.offset, count, "nested_offset") : success(),
-                in_range(scales.nested_block, 1, kMaxElements, "nested_block_size")});
+                in_range(scales.nested_shift, 0, 46, "nested_block_size")});
 }
 
 Status check(const Quantize4Args& args) {

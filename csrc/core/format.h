@@ -3,7 +3,7 @@
 // A 4-bit tensor is flattened row-major and cut into blocks of `block_size` elements (a power of two, 32 to 4096); a
 // block may straddle two rows and the last one may be partial.
 //   byte i holds elements 2i (HIGH nibble) and 2i + 1 (LOW nibble); value = codebook[nibble] * scale[block]
-//   scale[block] is fp32, or (double quantization) map[code[block]] * nested[block / nested_block] + offset
+//   scale[block] is fp32, or (double quantization) map[code[block]] * nested[block >> nested_shift] + offset
 // An int8 tensor is [rows, cols] with one fp32 absmax a row: value = q * absmax[row] / 127.
 #pragma once
 #include <cstdint>
@@ -21,6 +21,13 @@ inline bool valid_block_size(int64_t block_size) {
   return block_size >= kMinBlock && block_size <= kMaxBlock && (block_size & (block_size - 1)) == 0;
 }
 
+// Both block sizes are powers of two, kept as shifts: a division a block would cost as much as decoding the block.
+inline int log2_of(int64_t power_of_two) {
+  int shift = 0;
+  while ((int64_t{1} << shift) < power_of_two) ++shift;
+  return shift;
+}
+
 inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -32,18 +39,20 @@ struct BlockScales {
   const float* nested = nullptr;   // [ceil(blocks / nested_block)]
   const float* map = nullptr;      // [256]
   const float* offset = nullptr;   // [1], read where it lies: no value crosses from Python per call
-  int64_t nested_block = 256;
+  int nested_shift = 8;            // log2 of the scales that share a nested scale
 
   float at(int64_t block) const {
-    return plain != nullptr ? plain[block] : map[codes[block]] * nested[block / nested_block] + *offset;
+    return plain != nullptr ? plain[block] : map[codes[block]] * nested[block >> nested_shift] + *offset;
   }
 };
 
 struct Packed4 {
   const uint8_t* packed = nullptr;  // [ceil(count / 2)]
   const float* codebook = nullptr;  // [16]
-  int64_t block_size = 64;
+  int block_shift = 6;              // log2 of the block size
   BlockScales scales;
+
+  int64_t block_size() const { return int64_t{1} << block_shift; }
 };
 
 struct Rows8 {

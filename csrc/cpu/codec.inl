@@ -228,8 +228,8 @@ static void decode_span(const Packed4& source, int64_t start, int64_t count, T* 
   int64_t done = 0;
   while (done < count) {
     const int64_t at = start + done;
-    const int64_t block = at / source.block_size;
-    const int64_t run = smaller(count - done, (block + 1) * source.block_size - at);
+    const int64_t block = at >> source.block_shift;
+    const int64_t run = smaller(count - done, ((block + 1) << source.block_shift) - at);
     scaled_codes(source.codebook, source.scales.at(block), codes);
     decode_run(source.packed, at, run, codes, out + done);
     done += run;

@@ -63,8 +63,8 @@ static void aligned_rows(const SmallJob& job, int64_t first, RowSums<M>* sums) {
   const Weight& weight = job.args->weight;
   const Packed4& source = weight.packed4;
   const int64_t row_bytes = weight.cols / 2;
-  const int64_t block_bytes = source.block_size / 2;
-  const int64_t row_blocks = weight.cols / source.block_size;
+  const int64_t block_bytes = source.block_size() / 2;
+  const int64_t row_blocks = weight.cols >> source.block_shift;
   const Table codes = load_table(source.codebook);
   const uint8_t* packed = source.packed + first * row_bytes;
   for (int64_t block = 0; block < row_blocks; ++block) {
@@ -89,8 +89,8 @@ static void straddling_row(const SmallJob& job, int64_t row, RowSums<M>* sums) {
   const int64_t start = row * weight.cols;
   int64_t done = 0;
   while (done < weight.cols) {
-    const int64_t block = (start + done) / source.block_size;
-    const int64_t run = smaller(weight.cols - done, (block + 1) * source.block_size - start - done);
+    const int64_t block = (start + done) >> source.block_shift;
+    const int64_t run = smaller(weight.cols - done, ((block + 1) << source.block_shift) - start - done);
     const float by = source.scales.at(block);
     const Table table = scale(codes, by);
     const uint8_t* packed = source.packed + (start + done) / 2;
@@ -148,7 +148,7 @@ static void small_m_task(void* context, int64_t index) {
   const SmallJob& job = *static_cast<const SmallJob*>(context);
   const Weight& weight = job.args->weight;
   constexpr int kTogether = M == 1 ? kSmallRows : M <= 4 ? (kSmallRows + 1) / 2 : 1;
-  const bool aligned = !weight.is_int8() && weight.cols % weight.packed4.block_size == 0;
+  const bool aligned = !weight.is_int8() && weight.cols % weight.packed4.block_size() == 0;
   const int64_t last = smaller(weight.rows, (index + 1) * kRowsOfStrip);
   RowSums<M> sums[kTogether];
   int64_t row = index * kRowsOfStrip;
