@@ -45,7 +45,7 @@ class DemoReport:
     stages: dict[str, float] = field(default_factory=dict)
 
 
-def run(out: str | Path = "demo-out", *, steps: int = 80, console: Console | None = None) -> DemoReport:
+def run(out: str | Path = "demo-out", *, steps: int = 60, console: Console | None = None) -> DemoReport:
     """Run the demo in directory `out` (new or empty) and print its table.
 
     Leaves out/smollm2-bf16, out/smollm2-nf4 and out/lora (adapter/, metrics.jsonl, loss.png).
@@ -100,8 +100,8 @@ def run(out: str | Path = "demo-out", *, steps: int = 80, console: Console | Non
     return report
 
 
-def train_config(out_dir: Path, steps: int = 80) -> TrainConfig:
-    """The demo's training run: 1,024 tokens a step, so that 2 cores with bf16 arithmetic need about 3 minutes."""
+def train_config(out_dir: Path, steps: int = 60) -> TrainConfig:
+    """The demo's training run: 1,024 tokens a step, so that 2 cores with bf16 arithmetic need 2 to 3 minutes."""
     return TrainConfig(
         steps=steps, batch_size=4, seq_len=256, lr=1e-3, warmup_steps=min(5, steps), log_every=5, out_dir=out_dir
     )
