@@ -187,6 +187,7 @@ class WeightHandle {
     handle.weight.rows = rows;
     handle.weight.cols = cols;
     handle.weight.rows8 = {pointer<const int8_t>(q), pointer<const float>(absmax)};
+    handle.weight.int8 = true;
     return handle;
   }
 
@@ -222,11 +223,10 @@ void linear(const WeightHandle& handle, bool grad_input, Address x, int64_t x_st
 
 py::dict explain_linear(int64_t rows, int64_t cols, int64_t m, int dtype, bool int8, bool grad_input) {
   const KernelTable& table = kernels();
-  static const int8_t some_byte = 0;
   LinearArgs args;
   args.weight.rows = rows;
   args.weight.cols = cols;
-  if (int8) args.weight.rows8.q = &some_byte;
+  args.weight.int8 = int8;
   args.m = m;
   args.dtype = static_cast<DType>(dtype);
   args.grad_input = grad_input;

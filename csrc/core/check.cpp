@@ -98,9 +98,12 @@ Status check(const LinearArgs& args) {
   const int64_t count = rows > 0 && cols > kMaxElements / rows ? -1 : rows * cols;
   if (count < 0) return bad_argument("in_features", cols);
   const int64_t rank = args.side.rank;
-  return first({weight.is_int8() ? non_null(weight.rows8.absmax, rows, "absmax") : check(weight.packed4, count),
+  return first({weight.is_int8() ? first({non_null(weight.rows8.absmax, rows, "absmax"),
+                                           non_null(weight.rows8.q, count, "packed")})
+                                 : check(weight.packed4, count),
                 non_null(args.x, args.m * args.contraction(), "x"),
-                args.m > 1 ? in_range(args.x_stride, args.contraction(), kMaxElements, "x_stride") : success(),
+                // x is only read, so its rows may overlap, or be one row many times (an expanded tensor).
+                args.m > 1 ? in_range(args.x_stride, 0, kMaxElements, "x_stride") : success(),
                 non_null(args.out, args.m * args.columns(), "out"), non_null(args.side.left, args.m * rank, "side"),
                 non_null(args.side.right, rank * args.columns(), "side_weight"),
                 valid_dtype(args.side.left_dtype, "side.dtype"),

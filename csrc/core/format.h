@@ -60,14 +60,15 @@ struct Rows8 {
   const float* absmax = nullptr;  // [rows]
 };
 
-// The weight of a linear layer, [rows = out_features, cols = in_features]. int8 when rows8.q is set, else 4-bit.
+// The weight of a linear layer, [rows = out_features, cols = in_features].
 struct Weight {
   int64_t rows = 0;
   int64_t cols = 0;
   Packed4 packed4;
   Rows8 rows8;
+  bool int8 = false;  // rows8 counts, else packed4; not told by the pointers: those of an empty weight are null
 
-  bool is_int8() const { return rows8.q != nullptr; }
+  bool is_int8() const { return int8; }
 };
 
 }  // namespace nybble
