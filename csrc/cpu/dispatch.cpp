@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <cstdlib>
+#include <utility>
 
 #include "cpu/tables.h"
 
@@ -86,43 +87,54 @@ bool has_amx() { return false; }
 #endif
 
 #if NYBBLE_X86
-// On Intel vdpbf16ps runs at half the rate of fp32 multiply-adds (105 against 215 GFLOP/s a core, Sapphire Rapids
-// class, measured), on AMD at twice (461 against 233, two Zen 4 cores): there it goes first, here behind plain AVX-512.
 bool is_intel() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return vendor(&eax, &ebx, &ecx, &edx) && ebx == 0x756E6547U;  // "Genu"
 }
-bool prefers_bf16_dot() { return !is_intel(); }
 #endif
 
 struct Row {
   const KernelTable* table;
   bool (*supported)();
-  bool (*preferred)();  // false: can run, but slower than what follows
 };
 
 const Row kRows[] = {
 #if NYBBLE_X86
-    {&amx::kTable, has_amx, always},       {&avx512bf16::kTable, has_avx512bf16, prefers_bf16_dot},
-    {&avx512::kTable, has_avx512, always}, {&avx2::kTable, has_avx2, always},
+    {&amx::kTable, has_amx},       {&avx512bf16::kTable, has_avx512bf16},
+    {&avx512::kTable, has_avx512}, {&avx2::kTable, has_avx2},
 #endif
-    {&scalar::kTable, always, always},
+    {&scalar::kTable, always},
 };
 
-const KernelTable* find(const std::string& name) {
+// What this machine can run, best first.
+std::vector<const KernelTable*> ordered() {
+  std::vector<const KernelTable*> tables;
   for (const Row& row : kRows) {
-    if (name == row.table->isa && row.supported()) return row.table;
+    if (row.supported()) tables.push_back(row.table);
+  }
+#if NYBBLE_X86
+  // On Intel vdpbf16ps runs at half the rate of fp32 multiply-adds (105 against 215 GFLOP/s a core, Sapphire Rapids
+  // class, measured), on AMD at twice (461 against 233, two Zen 4 cores).
+  for (size_t i = 0; i + 1 < tables.size(); ++i) {
+    if (tables[i] == &avx512bf16::kTable && is_intel()) {
+      std::swap(tables[i], tables[i + 1]);
+      break;
+    }
+  }
+#endif
+  return tables;
+}
+
+const KernelTable* find(const std::string& name) {
+  for (const KernelTable* table : ordered()) {
+    if (name == table->isa) return table;
   }
   return nullptr;
 }
 
 const KernelTable* initial() {
   const std::string forced = forced_isa();
-  if (!forced.empty()) return find(forced);
-  for (const Row& row : kRows) {
-    if (row.supported() && row.preferred()) return row.table;
-  }
-  return nullptr;
+  return forced.empty() ? ordered().front() : find(forced);
 }
 
 std::atomic<const KernelTable*> current{nullptr};
@@ -131,11 +143,7 @@ std::atomic<const KernelTable*> current{nullptr};
 
 std::vector<std::string> isas() {
   std::vector<std::string> names;
-  for (const bool preferred : {true, false}) {
-    for (const Row& row : kRows) {
-      if (row.supported() && row.preferred() == preferred) names.emplace_back(row.table->isa);
-    }
-  }
+  for (const KernelTable* table : ordered()) names.emplace_back(table->isa);
   return names;
 }
 

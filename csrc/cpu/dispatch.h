@@ -7,8 +7,7 @@
 
 namespace nybble::cpu {
 
-// Names of the ISAs that this machine can run, best first; what runs but is slower than
-// another comes last.
+// Names of the ISAs that this machine can run, best first.
 std::vector<std::string> isas();
 
 // The kernels in use: the best of isas(), or the one that NYBBLE_FORCE_ISA names. Null when that variable names one
