@@ -231,8 +231,25 @@ def _load_plain(source: Source, dtype: torch.dtype | None, device: str | torch.d
     config = _config(source.root)
     cls = _model_class(config, source.root)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    model: nn.Module = cls.from_pretrained(str(source.root), dtype=dtype, local_files_only=True, use_safetensors=True)
+    with _quiet():
+        model: nn.Module = cls.from_pretrained(
+            str(source.root), dtype=dtype, local_files_only=True, use_safetensors=True
+        )
     return model.to(device).eval()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' progress bar: a library call prints nothing that was not asked for."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 class _Reader:

@@ -88,15 +88,18 @@ def command(
         table.add_row(what, value)
     console.print(table)
     title = f"kernels for {dtype} input, {torch.get_num_threads()} threads"
-    kernels = Table("N, K", "m", "operation", "kernel", "computes in", "because", title=title, title_justify="left")
+    kernels = Table("N, K", "m", "operation", "kernel", "computes in", title=title, title_justify="left")
+    reasons: dict[str, None] = {}
     for size in shapes:
         for rows in ROWS if m is None else (m,):
             for backward in (False, True):
                 chosen = nybble.explain(size, m=rows, dtype=getattr(torch, dtype), grad_input=backward)
-                kernel = f"{chosen.kernel} ({chosen.isa})"
                 shown = f"{size[0]}, {size[1]}"
-                kernels.add_row(shown, str(rows), chosen.operation, kernel, chosen.compute, chosen.reason)
+                kernels.add_row(shown, str(rows), chosen.operation, chosen.kernel, chosen.compute)
+                reasons[f"{chosen.kernel} for {chosen.operation}: {chosen.reason}"] = None
     console.print(kernels)
+    for reason in reasons:
+        console.print(reason)
 
 
 def register(app: typer.Typer) -> None:

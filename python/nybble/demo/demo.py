@@ -55,7 +55,6 @@ def run(out: str | Path = "demo-out", *, steps: int = 60, console: Console | Non
     console = console or Console()
     out = Path(out)
     check_destination(smollm2.find_gguf(), out)
-    _quiet_loading()
     started = time.perf_counter()
     stages: dict[str, float] = {}
 
@@ -114,13 +113,6 @@ def _stage(console: Console, stages: dict[str, float], name: str) -> Iterator[No
     yield
     stages[name] = time.perf_counter() - started
     console.print(f"  {stages[name]:.1f} s", highlight=False)
-
-
-def _quiet_loading() -> None:
-    """transformers draws a bar of its own for every model that it reads."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
 
 
 def _tokenizer(directory: Path) -> Any:
