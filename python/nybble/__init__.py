@@ -11,7 +11,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import load, load_adapter, quantize, save_adapter
+    from .checkpoint import load_adapter, quantize, save_adapter
+    from .checkpoint.load import load
     from .formats import QuantConfig
     from .introspection import Explanation, active_isa, explain, isas
     from .nn import LoRAConfig, LoRALinear, LoRAReport, QuantizeReport, QuantLinear, add_lora, quantize_
