@@ -98,9 +98,9 @@ Status check(const LinearArgs& args) {
   const int64_t count = rows > 0 && cols > kMaxElements / rows ? -1 : rows * cols;
   if (count < 0) return bad_argument("in_features", cols);
   const int64_t rank = args.side.rank;
-  return first({weight.is_int8() ? first({non_null(weight.rows8.absmax, rows, "absmax"),
-                                           non_null(weight.rows8.q, count, "packed")})
-                                 : check(weight.packed4, count),
+  return first({weight.is_int8()
+                    ? first({non_null(weight.rows8.absmax, rows, "absmax"), non_null(weight.rows8.q, count, "packed")})
+                    : check(weight.packed4, count),
                 non_null(args.x, args.m * args.contraction(), "x"),
                 // x is only read, so its rows may overlap, or be one row many times (an expanded tensor).
                 args.m > 1 ? in_range(args.x_stride, 0, kMaxElements, "x_stride") : success(),
