@@ -14,6 +14,7 @@ much. Under autocast inputs are cast to its dtype, as for nn.Linear.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -132,9 +133,14 @@ def _check_device(tensor: Tensor, x: Tensor, name: str) -> None:
         raise LayoutError(f"{name} is on {tensor.device}, but the input is on {x.device}; move one of them")
 
 
+def _flat(x: Tensor) -> Tensor:
+    """[..., k] as [m, k]; the number of rows is said, because -1 is ambiguous where k is 0."""
+    return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def _rows(x: Tensor) -> Tensor:
     """[..., k] as [m, k] with the last dimension contiguous; a view where the strides permit."""
-    x = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    x = _flat(x)
     return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
@@ -143,7 +149,7 @@ def _dense(tensor: Tensor | None) -> Tensor | None:
 
 
 def _side_rows(side: Tensor | None) -> Tensor | None:
-    return None if side is None else side.detach().reshape(-1, side.shape[-1]).contiguous()
+    return None if side is None else _flat(side.detach()).contiguous()
 
 
 def _linear(
@@ -176,10 +182,6 @@ def _lora_linear(
     _check_lora(weight, lora_a, lora_b)
     side = functional.linear(x.detach(), lora_a.detach().to(x.dtype)) * scaling
     return _linear(x, weight, bias, side, lora_b), side
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _bias_gradient(g: Tensor, bias: Tensor) -> Tensor:
