@@ -115,7 +115,7 @@ def check_args(
     if (side is None) != (side_weight is None):
         raise LayoutError("side and side_weight go together: one of them is None")
     if side is not None and side_weight is not None:
-        rank = side.shape[-1]
+        rank = side.shape[-1] if side.dim() else 0
         _check_operand("side", side, x, (*x.shape[:-1], rank))
         _check_operand("side_weight", side_weight, x, (rank, columns) if grad else (columns, rank))
 
@@ -167,19 +167,22 @@ def _grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weigh
     return dx.view(*g.shape[:-1], weight.in_features)
 
 
-def _check_lora(weight: PackedWeight, lora_a: Tensor, lora_b: Tensor) -> None:
-    rank = lora_a.shape[0]
-    if lora_a.shape != (rank, weight.in_features):
+def _check_lora(x: Tensor, weight: PackedWeight, lora_a: Tensor, lora_b: Tensor) -> None:
+    """Before x A^T is computed, what `check_args` says only of its result; x itself first."""
+    if x.dim() == 0 or x.shape[-1] != weight.in_features or x.dtype not in _FLOATS:
+        check_args(x, weight, None, None, None, False)
+    if lora_a.dim() != 2:
         raise LayoutError(f"lora_A has shape {list(lora_a.shape)}; it must be [r, in_features = {weight.in_features}]")
-    if lora_b.shape != (weight.out_features, rank):
-        raise LayoutError(f"lora_B has shape {list(lora_b.shape)}; it must be {[weight.out_features, rank]}")
+    rank = lora_a.shape[0]
+    _check_operand("lora_A", lora_a, x, (rank, weight.in_features))
+    _check_operand("lora_B", lora_b, x, (weight.out_features, rank))
 
 
 def _lora_linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """y and the side path's left factor scaling x A^T [..., R], which the backward wants again."""
-    _check_lora(weight, lora_a, lora_b)
+    _check_lora(x, weight, lora_a, lora_b)
     side = functional.linear(x.detach(), lora_a.detach().to(x.dtype)) * scaling
     return _linear(x, weight, bias, side, lora_b), side
 
@@ -294,7 +297,7 @@ def _grad_input_fake(g: Tensor, *args: Any) -> Tensor:
 
 def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     weight, (bias, lora_a, lora_b, _) = _split(args)
-    _check_lora(weight, lora_a, lora_b)
+    _check_lora(x, weight, lora_a, lora_b)
     side = x.new_empty(*x.shape[:-1], lora_a.shape[0])
     check_args(x, weight, bias, side, lora_b, False)
     return x.new_empty(*x.shape[:-1], weight.out_features), side
@@ -383,9 +386,14 @@ for _name, _impl, _fake, _setup, _backward in (
 # ---- which path ------------------------------------------------------------------------------------------------------
 
 
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for this type of device; of one that has none, such as "meta", torch refuses to tell."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_enabled(device):
         return (x, *others)
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in (x, *others))

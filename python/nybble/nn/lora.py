@@ -137,7 +137,7 @@ class LoRALinear(nn.Module):
     @staticmethod
     def _cast(factor: Tensor, x: Tensor) -> Tensor:
         """In x's dtype; under autocast functional.linear casts by itself."""
-        return factor if torch.is_autocast_enabled(x.device.type) else factor.to(x.dtype)
+        return factor if ops.autocast_enabled(x.device.type) else factor.to(x.dtype)
 
     def extra_repr(self) -> str:
         rslora = ", rslora" if self.rslora else ""
