@@ -9,5 +9,5 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def one_thread(threads: Callable[[int], None]) -> None:
-    # The examples are small: on a busy machine the threads of the float64 products wait for each other most of the time.
+    # The examples are small: on a busy machine the threads of the float64 products mostly wait for each other.
     threads(1)
