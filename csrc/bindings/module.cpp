@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -166,7 +165,7 @@ void dequantize_int8(Address q, Address absmax, int64_t rows, int64_t cols, Addr
   run(&KernelTable::dequantize_int8, args);
 }
 
-// The address of a weight that lives as long as Python holds it: built once a layer, so a call passes one object.
+// The addresses and sizes of a weight as one object; whoever calls keeps the tensors alive.
 class WeightHandle {
  public:
   static WeightHandle four_bit(Address packed, Address absmax, Address nested_absmax, Address nested_map,

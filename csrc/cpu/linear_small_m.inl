@@ -105,10 +105,12 @@ template <int M>
 static void int8_row(const SmallJob& job, int64_t row, RowSums<M>* sums) {
   const Weight& weight = job.args->weight;
   const int8_t* q = weight.rows8.q + row * weight.cols;
+  const float by = weight.rows8.absmax[row] / 127.0F;
   int64_t i = 0;
   for (; i + 2 * kLanes <= weight.cols; i += 2 * kLanes) {
-    const F32 first = load(q + i);
-    const F32 second = load(q + i + kLanes);
+    // Scaled before the sum, so that no partial sum leaves fp32's range where the result does not.
+    const F32 first = mul(load(q + i), broadcast(by));
+    const F32 second = mul(load(q + i + kLanes), broadcast(by));
     for (int m = 0; m < M; ++m) {
       const float* x = job.x + m * job.half + i;
       sums->even[m] = fma(first, load(x), sums->even[m]);
@@ -116,20 +118,19 @@ static void int8_row(const SmallJob& job, int64_t row, RowSums<M>* sums) {
     }
   }
   for (; i < weight.cols; ++i) {
-    for (int m = 0; m < M; ++m) sums->tail[m] += static_cast<float>(q[i]) * job.x[m * job.half + i];
+    for (int m = 0; m < M; ++m) sums->tail[m] += static_cast<float>(q[i]) * by * job.x[m * job.half + i];
   }
 }
 
-// Scale (int8), side path, bias, store of one row of W.
+// Side path, bias, store of one row of W.
 template <int M>
 static void finish_row(const SmallJob& job, int64_t row, const RowSums<M>& sums) {
   const LinearArgs& args = *job.args;
   const int64_t rank = args.side.rank;
-  const float by = args.weight.is_int8() ? args.weight.rows8.absmax[row] / 127.0F : 1.0F;
   float bias = 0.0F;
   if (args.bias != nullptr) load_floats(args.bias, args.bias_dtype, row, 1, &bias);
   for (int64_t m = 0; m < smaller(M, args.m); ++m) {
-    float value = sums.total(static_cast<int>(m)) * by;
+    float value = sums.total(static_cast<int>(m));
     for (int64_t at = 0; at < rank; at += kChunk) {
       alignas(64) float right[kChunk];
       const int64_t count = smaller(kChunk, rank - at);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,11 +75,16 @@ def explain(
         if not isinstance(layer, QuantLinear):
             raise TypeError(f"module is a {type(layer).__name__}; a QuantLinear or a LoRALinear over one is needed")
         out_features, in_features = layer.out_features, layer.in_features
-        format, device = layer.config.format_name, layer.weight.device
+        format, device = layer.config.format_name, layer.packed_weight().packed.device
     else:
-        out_features, in_features = (int(size) for size in module_or_shape)
-        if out_features < 0 or in_features < 0:
-            raise ValueError(f"shape is {tuple(module_or_shape)}; sizes must be 0 or more")
+        if not isinstance(module_or_shape, Sequence) or len(module_or_shape) != 2:
+            raise TypeError(
+                f"module_or_shape is {module_or_shape!r}; a QuantLinear or (out_features, in_features) is needed"
+            )
+        shape = tuple(int(size) for size in module_or_shape)
+        if len(shape) != 2 or min(shape) < 0:
+            raise ValueError(f"shape is {shape}; it must be (out_features, in_features), sizes of 0 or more")
+        out_features, in_features = shape
         format = QuantConfig(format=format or "nf4").format_name
     device = torch.device(device or "cpu")
     found = backends.of(device).explain_linear(out_features, in_features, m, dtype, format == "int8", grad_input)

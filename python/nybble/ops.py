@@ -7,9 +7,10 @@
 LoRA (arXiv 2106.09685) is an extension of the contraction, [x, s x A^T] [W, B]^T forward and [g, s g B] [W; A]
 backward, so the kernel adds it in the same pass over the output.
 
-Eager calls take the plain body (no gradient) or one autograd.Function (gradient); tracing, dispatch modes, functorch
-and tensor subclasses go through the registered operators `torch.ops.nybble.*`, whose dispatch costs several times as
-much. Under autocast inputs are cast to its dtype, as for nn.Linear.
+Eager calls take the plain body (no gradient) or one autograd.Function (gradient, torch.func.grad); tracing, dispatch
+modes and tensor subclasses go through the registered operators `torch.ops.nybble.*`, whose dispatch costs several times
+as much. Under autocast inputs are cast to its dtype, as for nn.Linear. Second derivatives are right; forward-mode
+differentiation and vmap are refused by torch with an error.
 """
 
 from __future__ import annotations
@@ -54,9 +55,9 @@ def linear(
         LayoutError: shapes do not fit. UnsupportedDtypeError: a dtype that is not supported.
     """
     x, side = _autocast(x, side)
-    if _traced(x):
+    if _traced(x, weight.packed, bias, side, side_weight):
         return torch.ops.nybble.linear(x, *weight, bias, side, side_weight)
-    if torch.is_grad_enabled() and _any_requires_grad(x, bias, side, side_weight):
+    if _differentiated(x, bias, side, side_weight):
         return _Linear.apply(x, weight, bias, side, side_weight)
     return _linear(x, weight, bias, side, side_weight)
 
@@ -74,10 +75,10 @@ def lora_linear(
         [..., out_features] in x's dtype (under autocast: in autocast's).
     """
     (x,) = _autocast(x)
-    if _traced(x):
+    if _traced(x, weight.packed, bias, lora_a, lora_b):
         return torch.ops.nybble.lora_linear(x, *weight, bias, lora_a, lora_b, scaling)[0]
-    if torch.is_grad_enabled() and _any_requires_grad(x, bias, lora_a, lora_b):
-        return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling)
+    if _differentiated(x, bias, lora_a, lora_b):
+        return _LoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling)[0]
     return _lora_linear(x, weight, bias, lora_a, lora_b, scaling)[0]
 
 
@@ -85,8 +86,10 @@ def grad_input(
     g: Tensor, weight: PackedWeight, side: Tensor | None = None, side_weight: Tensor | None = None
 ) -> Tensor:
     """g W + side side_weight: the gradient with respect to x. g [..., out_features], side_weight [R, in_features]."""
-    if _traced(g):
+    if _traced(g, weight.packed, side, side_weight):
         return torch.ops.nybble.grad_input(g, *weight, side, side_weight)
+    if _differentiated(g, side, side_weight):
+        return _GradInput.apply(g, weight, side, side_weight)
     return _grad_input(g, weight, side, side_weight)
 
 
@@ -138,33 +141,16 @@ def _flat(x: Tensor) -> Tensor:
     return x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
-def _rows(x: Tensor) -> Tensor:
-    """[..., k] as [m, k] with the last dimension contiguous; a view where the strides permit."""
-    x = _flat(x)
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().contiguous()
-
-
-def _side_rows(side: Tensor | None) -> Tensor | None:
-    return None if side is None else _flat(side.detach()).contiguous()
-
-
 def _linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, side: Tensor | None, side_weight: Tensor | None
 ) -> Tensor:
     check_args(x, weight, bias, side, side_weight, False)
-    backend = backends.of(x)
-    y = backend.linear(_rows(x.detach()), weight, _dense(bias), _side_rows(side), _dense(side_weight))
-    return y.view(*x.shape[:-1], weight.out_features)
+    return backends.of(x).linear(x, weight, bias, side, side_weight)
 
 
 def _grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weight: Tensor | None) -> Tensor:
     check_args(g, weight, None, side, side_weight, True)
-    dx = backends.of(g).grad_input(_rows(g.detach()), weight, _side_rows(side), _dense(side_weight))
-    return dx.view(*g.shape[:-1], weight.in_features)
+    return backends.of(g).grad_input(g, weight, side, side_weight)
 
 
 def _check_lora(x: Tensor, weight: PackedWeight, lora_a: Tensor, lora_b: Tensor) -> None:
@@ -183,8 +169,14 @@ def _lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """y and the side path's left factor scaling x A^T [..., R], which the backward wants again."""
     _check_lora(x, weight, lora_a, lora_b)
-    side = functional.linear(x.detach(), lora_a.detach().to(x.dtype)) * scaling
+    side = _side(x.detach(), lora_a.detach(), scaling)
     return _linear(x, weight, bias, side, lora_b), side
+
+
+def _side(x: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
+    """scaling x A^T in x's dtype; for fp16, whose range the product may leave, in fp32."""
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    return functional.linear(x.to(dtype), lora_a.to(dtype)) * scaling
 
 
 def _bias_gradient(g: Tensor, bias: Tensor) -> Tensor:
@@ -193,7 +185,42 @@ def _bias_gradient(g: Tensor, bias: Tensor) -> Tensor:
 
 def _product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     """left^T right over all rows, in the dtype of the parameter whose gradient it is."""
-    return (_flat(left).t() @ _flat(right).to(left.dtype)).to(like.dtype)
+    dtype = torch.promote_types(left.dtype, right.dtype)
+    return (_flat(left).to(dtype).t() @ _flat(right).to(dtype)).to(like.dtype)
+
+
+def _lora_gradients(
+    needs: tuple[bool, bool, bool, bool],
+    g: Tensor,
+    weight: PackedWeight,
+    saved: tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor],
+    scaling: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of lora_linear with respect to x, bias, A and B, each None if it is not needed."""
+    need_x, need_bias, need_a, need_b = needs
+    bias, x, side, lora_a, lora_b = saved
+    if torch.is_grad_enabled():
+        # Differentiated once more: the saved product is a constant, so it is computed again from x and A.
+        side = _side(x, lora_a, scaling)
+    left = (g @ lora_b.to(g.dtype)) * scaling
+    return (
+        grad_input(g, weight, left, lora_a) if need_x else None,
+        _bias_gradient(g, bias) if need_bias and bias is not None else None,
+        _product(left, x, lora_a) if need_a else None,
+        _product(g, side, lora_b) if need_b else None,
+    )
+
+
+def _grad_input_gradients(
+    needs: tuple[bool, bool, bool], gg: Tensor, weight: PackedWeight, side: Tensor | None, side_weight: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of grad_input with respect to g, side and side_weight, each None if it is not needed."""
+    need_g, need_side, need_side_weight = needs
+    dside = dside_weight = None
+    if side is not None and side_weight is not None:
+        dside = (gg @ side_weight.to(gg.dtype).t()).to(side.dtype) if need_side else None
+        dside_weight = _product(side.to(gg.dtype), gg, side_weight) if need_side_weight else None
+    return linear(gg, weight) if need_g else None, dside, dside_weight
 
 
 # ---- eager with gradient ---------------------------------------------------------------------------------------------
@@ -202,15 +229,18 @@ def _product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None, side: Tensor | None, side_weight: Tensor | None
+        x: Tensor, weight: PackedWeight, bias: Tensor | None, side: Tensor | None, side_weight: Tensor | None
     ) -> Tensor:
-        ctx.weight = weight
-        ctx.save_for_backward(side, side_weight, bias)
         return _linear(x, weight, bias, side, side_weight)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.weight, bias, side, side_weight = inputs
+        ctx.save_for_backward(bias, side, side_weight)
+
+    @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        side, side_weight, bias = ctx.saved_tensors
+        bias, side, side_weight = ctx.saved_tensors
         need_x, _, need_bias, need_side, need_side_weight = ctx.needs_input_grad
         return (
             grad_input(g, ctx.weight) if need_x else None,
@@ -221,29 +251,48 @@ class _Linear(torch.autograd.Function):
         )
 
 
+class _GradInput(torch.autograd.Function):
+    """For second derivatives: dx = g W + side A is linear in g, so its gradient is the forward contraction again."""
+
+    @staticmethod
+    def forward(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weight: Tensor | None) -> Tensor:
+        return _grad_input(g, weight, side, side_weight)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.weight, side, side_weight = inputs
+        ctx.save_for_backward(side, side_weight)
+
+    @staticmethod
+    def backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
+        need_g, _, need_side, need_side_weight = ctx.needs_input_grad
+        needs = (need_g, need_side, need_side_weight)
+        dg, dside, dside_weight = _grad_input_gradients(needs, gg, ctx.weight, *ctx.saved_tensors)
+        return dg, None, dside, dside_weight
+
+
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: PackedWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
-    ) -> Tensor:
-        y, side = _lora_linear(x, weight, bias, lora_a, lora_b, scaling)
-        ctx.weight, ctx.scaling = weight, scaling
-        ctx.save_for_backward(x, side, lora_a, lora_b, bias)
-        return y
+        x: Tensor, weight: PackedWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+    ) -> tuple[Tensor, Tensor]:
+        return _lora_linear(x, weight, bias, lora_a, lora_b, scaling)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, side, lora_a, lora_b, bias = ctx.saved_tensors
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        x, ctx.weight, bias, lora_a, lora_b, ctx.scaling = inputs
+        ctx.save_for_backward(bias, x, output[1], lora_a, lora_b)
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return (None,) * 6
         need_x, _, need_bias, need_a, need_b, _ = ctx.needs_input_grad
-        left = (g @ lora_b.to(g.dtype)) * ctx.scaling
-        return (
-            grad_input(g, ctx.weight, left, lora_a) if need_x else None,
-            None,
-            _bias_gradient(g, bias) if need_bias else None,
-            _product(left, x, lora_a) if need_a else None,
-            _product(g, side, lora_b) if need_b else None,
-            None,
-        )
+        needs = (need_x, need_bias, need_a, need_b)
+        dx, dbias, da, db = _lora_gradients(needs, g, ctx.weight, ctx.saved_tensors, ctx.scaling)
+        return dx, None, dbias, da, db, None
 
 
 # ---- registered operators --------------------------------------------------------------------------------------------
@@ -298,7 +347,8 @@ def _grad_input_fake(g: Tensor, *args: Any) -> Tensor:
 def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     weight, (bias, lora_a, lora_b, _) = _split(args)
     _check_lora(x, weight, lora_a, lora_b)
-    side = x.new_empty(*x.shape[:-1], lora_a.shape[0])
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+    side = x.new_empty(*x.shape[:-1], lora_a.shape[0], dtype=dtype)
     check_args(x, weight, bias, side, lora_b, False)
     return x.new_empty(*x.shape[:-1], weight.out_features), side
 
@@ -322,7 +372,7 @@ def _linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
     needs = ctx.needs_input_grad
     need_bias, need_side, need_side_weight = needs[1 + _WEIGHT_ARGS :]
     return (
-        torch.ops.nybble.grad_input(g, *weight, None, None) if needs[0] else None,
+        grad_input(g, weight) if needs[0] else None,
         *(None,) * _WEIGHT_ARGS,
         _bias_gradient(g, bias) if need_bias else None,
         (g @ side_weight.to(g.dtype)).to(side.dtype) if need_side else None,
@@ -336,16 +386,13 @@ def _grad_input_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None
 
 
 def _grad_input_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
-    """dx = g W + side A is linear in g, so its gradient is the forward contraction again."""
     weight, (side, side_weight) = _saved(ctx)
     needs = ctx.needs_input_grad
     need_side, need_side_weight = needs[1 + _WEIGHT_ARGS :]
-    return (
-        torch.ops.nybble.linear(gg, *weight, None, None, None) if needs[0] else None,
-        *(None,) * _WEIGHT_ARGS,
-        (gg @ side_weight.to(gg.dtype).t()).to(side.dtype) if need_side else None,
-        _product(side.to(gg.dtype), gg, side_weight) if need_side_weight else None,
+    dg, dside, dside_weight = _grad_input_gradients(
+        (needs[0], need_side, need_side_weight), gg, weight, side, side_weight
     )
+    return dg, *(None,) * _WEIGHT_ARGS, dside, dside_weight
 
 
 def _lora_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -357,20 +404,13 @@ def _lora_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _lora_linear_backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
-    weight, (bias, x, side, lora_a, lora_b) = _saved(ctx)
+    weight, saved = _saved(ctx)
     needs = ctx.needs_input_grad
     if g is None:
         return (None,) * len(needs)
     need_bias, need_a, need_b, _scaling = needs[1 + _WEIGHT_ARGS :]
-    left = (g @ lora_b.to(g.dtype)) * ctx.scaling
-    return (
-        torch.ops.nybble.grad_input(g, *weight, left, lora_a) if needs[0] else None,
-        *(None,) * _WEIGHT_ARGS,
-        _bias_gradient(g, bias) if need_bias else None,
-        _product(left, x, lora_a) if need_a else None,
-        _product(g, side, lora_b) if need_b else None,
-        None,
-    )
+    dx, dbias, da, db = _lora_gradients((needs[0], need_bias, need_a, need_b), g, weight, saved, ctx.scaling)
+    return dx, *(None,) * _WEIGHT_ARGS, dbias, da, db, None
 
 
 for _name, _impl, _fake, _setup, _backward in (
@@ -393,21 +433,24 @@ def autocast_enabled(device: str) -> bool:
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     device = x.device.type
-    if not autocast_enabled(device):
+    if not torch.is_autocast_enabled(device):
         return (x, *others)
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t is not None and t.is_floating_point() else t for t in (x, *others))
+    return tuple(t.to(dtype) if t is not None and t.dtype in _FLOATS else t for t in (x, *others))
 
 
-def _traced(x: Tensor) -> bool:
-    """Whether somebody watches operators go by: a compiler, a dispatch mode, functorch or a tensor subclass."""
+def _traced(*tensors: Tensor | None) -> bool:
+    """Whether somebody watches operators go by: a compiler, a tracer, a dispatch mode or a tensor subclass."""
     return (
         torch.compiler.is_compiling()
-        or type(x) not in _PLAIN
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        or torch._C._get_tracing_state() is not None
+        or any(t is not None and type(t) not in _PLAIN for t in tensors)
     )
 
 
-def _any_requires_grad(*tensors: Tensor | None) -> bool:
-    return any(t is not None and t.requires_grad for t in tensors)
+def _differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to see the call: reverse mode, torch.func, or forward mode (which autograd then refuses)."""
+    if torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0:
+        return True
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

@@ -165,6 +165,8 @@ class QuantTensor:
         bitsandbytes does not have: "weight.quant_state.nybble__int4" or `__custom`). int8: "weight", "SCB",
         "weight_format". Tensors are shared, not copied. `from_state` is the inverse.
         """
+        if self.packed.is_meta:
+            raise LayoutError("the weight is on the meta device: it has no values to save")
         if self.codebook is None:
             row_format = torch.zeros((), dtype=torch.uint8, device=self.packed.device)
             return {"weight": self.packed, "SCB": self.absmax, "weight_format": row_format}

@@ -16,6 +16,20 @@ from .weight import PackedWeight
 #: The core's codes of the dtypes that it computes with.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _SEARCHES = {"absmax": 0, "mse": 1}
+#: Said wherever memory is made: a caller's torch.device context or default device must not decide.
+_CPU = torch.device("cpu")
+
+
+def _values(x: Tensor) -> Tensor:
+    """`x` as its address says: contiguous, and with a lazy negation carried out."""
+    return x.detach().resolve_neg().contiguous()
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[..., k] as [m, k] with the last dimension contiguous; a view where the strides permit."""
+    x = x.detach().resolve_neg()
+    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
+    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 def quantize_4bit(
@@ -27,10 +41,10 @@ def quantize_4bit(
     reference.check_codebook(codebook, 16, x.device)
     if search not in _SEARCHES:
         raise FormatError(f"search is {search!r}; allowed are {', '.join(_SEARCHES)}")
-    x, codebook = x.detach().contiguous(), codebook.contiguous()
+    x, codebook = _values(x), codebook.contiguous()
     n = x.numel()
-    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32)
+    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=_CPU)
+    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=_CPU)
     try:
         _core.quantize_4bit(
             x.data_ptr(),
@@ -68,7 +82,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The weight [out_features, in_features] in `dtype`, its scales decoded inside the kernel."""
     weight.check()
     reference.check_output_dtype(dtype)
-    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype)
+    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=_CPU)
     if weight.codebook is None:
         _core.dequantize_int8(
             weight.packed.data_ptr(),
@@ -116,9 +130,9 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> 
     reference.check_float(x, name)
     check_block_size(block_size)
     reference.check_codebook(code, 256, x.device)
-    x, code = x.detach().contiguous(), code.contiguous()
-    q = torch.empty(x.shape, dtype=torch.uint8)
-    absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32)
+    x, code = _values(x), code.contiguous()
+    q = torch.empty(x.shape, dtype=torch.uint8, device=_CPU)
+    absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32, device=_CPU)
     try:
         _core.quantize_8bit(
             x.data_ptr(),
@@ -143,7 +157,7 @@ def dequantize_8bit(q: Tensor, absmax: Tensor, code: Tensor, block_size: int, dt
     reference.check_8bit(q, absmax, block_size)
     reference.check_output_dtype(dtype)
     q, absmax, code = q.contiguous(), absmax.contiguous(), code.contiguous()
-    out = torch.empty(q.shape, dtype=dtype)
+    out = torch.empty(q.shape, dtype=dtype, device=_CPU)
     _core.dequantize_8bit(
         q.data_ptr(),
         absmax.data_ptr(),
@@ -162,10 +176,10 @@ def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
     reference.check_float(x, name)
     if x.dim() != 2:
         raise LayoutError(f"{name} has shape {tuple(x.shape)}; int8 quantization takes a matrix [N, K]")
-    x = x.detach().contiguous()
+    x = _values(x)
     rows, cols = x.shape
-    q = torch.empty(rows, cols, dtype=torch.int8)
-    scb = torch.empty(rows, dtype=torch.float32)
+    q = torch.empty(rows, cols, dtype=torch.int8, device=_CPU)
+    scb = torch.empty(rows, dtype=torch.float32, device=_CPU)
     try:
         _core.quantize_int8(
             x.data_ptr(), DTYPE_CODES[x.dtype], rows, cols, q.data_ptr(), scb.data_ptr(), torch.get_num_threads()
@@ -193,21 +207,21 @@ def linear(
     Arguments have been checked (`nybble.ops.check_args`).
 
     Args:
-        x: [m, in_features], fp32, fp16 or bf16, the last dimension contiguous.
-        bias: [out_features], contiguous. side: [m, R], contiguous. side_weight: [out_features, R], contiguous.
+        x: [..., in_features], fp32, fp16 or bf16.
+        bias: [out_features]. side: [..., R]. side_weight: [out_features, R].
 
     Returns:
-        [m, out_features] in x's dtype. bf16 is multiplied as bf16 with fp32 accumulation where the ISA can, else, like
-        fp16 and fp32, in fp32.
+        [..., out_features] in x's dtype. bf16 is multiplied as bf16 with fp32 accumulation where the ISA can,
+        else, like fp16 and fp32, in fp32.
     """
-    out = torch.empty(x.shape[0], weight.out_features, dtype=x.dtype)
+    out = torch.empty(*x.shape[:-1], weight.out_features, dtype=x.dtype, device=_CPU)
     _run(x, weight, bias, side, side_weight, out, False)
     return out
 
 
 def grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weight: Tensor | None) -> Tensor:
-    """g W + side side_weight in g's dtype; g [m, out_features], side [m, R], side_weight [R, in_features]."""
-    out = torch.empty(g.shape[0], weight.in_features, dtype=g.dtype)
+    """g W + side side_weight in g's dtype; g [..., out_features], side [..., R], side_weight [R, in_features]."""
+    out = torch.empty(*g.shape[:-1], weight.in_features, dtype=g.dtype, device=_CPU)
     _run(g, weight, None, side, side_weight, out, True)
     return out
 
@@ -221,6 +235,11 @@ def _run(
     out: Tensor,
     grad_input: bool,
 ) -> None:
+    # Kept alive by these names until the kernel has returned.
+    x = _rows(x)
+    bias = None if bias is None else _values(bias)
+    side = None if side is None else _values(side)
+    side_weight = None if side_weight is None else _values(side_weight)
     if weight.codebook is None:
         handle = _core.Weight.int8_rows(
             weight.packed.data_ptr(), weight.absmax.data_ptr(), weight.out_features, weight.in_features
@@ -249,7 +268,7 @@ def _run(
         _code(side),
         _address(side_weight),
         _code(side_weight),
-        0 if side is None else side.shape[1],
+        0 if side is None else side.shape[-1],
         _address(bias),
         _code(bias),
         out.data_ptr(),

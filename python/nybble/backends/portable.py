@@ -53,18 +53,18 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 def linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, side: Tensor | None, side_weight: Tensor | None
 ) -> Tensor:
-    """x W^T + side side_weight^T + bias in x's dtype; x [m, in_features]."""
+    """x W^T + side side_weight^T + bias in x's dtype; x [..., in_features]."""
     y = x @ dequantize(weight, x.dtype).t()
     if side is not None and side_weight is not None:
-        y = torch.addmm(y, side.to(x.dtype), side_weight.to(x.dtype).t())
+        y = y + side.to(x.dtype) @ side_weight.to(x.dtype).t()
     return y if bias is None else y + bias.to(x.dtype)
 
 
 def grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weight: Tensor | None) -> Tensor:
-    """g W + side side_weight in g's dtype; g [m, out_features]."""
+    """g W + side side_weight in g's dtype; g [..., out_features]."""
     dx = g @ dequantize(weight, g.dtype)
     if side is not None and side_weight is not None:
-        dx = torch.addmm(dx, side.to(g.dtype), side_weight.to(g.dtype))
+        dx = dx + side.to(g.dtype) @ side_weight.to(g.dtype)
     return dx
 
 

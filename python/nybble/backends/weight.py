@@ -53,6 +53,8 @@ class PackedWeight(NamedTuple):
             _expect("packed", self.packed, (torch.int8,), count)
             _expect("absmax", self.absmax, _FLOAT_BITS, self.out_features)
             return
+        if self.block_size < 1 or self.nested_block_size < 1:
+            raise LayoutError(f"block_size is {self.block_size}, nested {self.nested_block_size}; both must be above 0")
         blocks = -(-count // self.block_size)
         _expect("packed", self.packed, (torch.uint8,), (count + 1) // 2)
         _expect("codebook", self.codebook, _FLOAT_BITS, 16)

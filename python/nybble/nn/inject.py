@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import PatternError
 from ..formats import QuantConfig, match_module
-from ..reference import check_finite
+from ..reference import check_float
 from ..tensor import QuantTensor
 from .linear import QuantLinear
 from .lora import LoRALinear, check_lora_arguments
@@ -26,6 +26,7 @@ class QuantizeReport:
     Attributes:
         quantized: names of the layers that were replaced.
         skipped: name -> why, of the linear layers that were not.
+        tied: name -> name of the layer whose packed weight it shares.
         parameters: weights in the replaced layers. bytes_before, bytes_after: of those weights with their scales.
     """
 
@@ -34,6 +35,7 @@ class QuantizeReport:
     parameters: int
     bytes_before: int
     bytes_after: int
+    tied: dict[str, str] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -46,6 +48,7 @@ class QuantizeReport:
             f"{self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB, "
             f"{self.bits_per_weight:.3f} bits/weight"
         ]
+        lines += [f"{name} shares the packed weight of {first}" for name, first in self.tied.items()]
         return "\n".join(lines + [f"kept {name}: {reason}" for name, reason in self.skipped.items()])
 
 
@@ -56,14 +59,14 @@ class LoRAConfig:
     Attributes:
         r, alpha, dropout, rslora, init, dtype: see `LoRALinear.from_base`.
         target: "all-linear", or one or more name patterns (`nybble.formats.match_module`: "q_proj", "*.mlp.*").
-        exclude: patterns of layers that get none.
+        exclude: patterns of layers that get none; by default the head ("lm_head") with "all-linear", else nothing.
     """
 
     r: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     target: str | tuple[str, ...] = ALL_LINEAR
-    exclude: tuple[str, ...] = ("lm_head",)
+    exclude: tuple[str, ...] | None = None
     rslora: bool = False
     init: str = "kaiming"
     dtype: torch.dtype = torch.float32
@@ -72,8 +75,8 @@ class LoRAConfig:
         check_lora_arguments(self.r, self.alpha, self.dropout, self.init)
         for name in ("target", "exclude"):
             value = getattr(self, name)
-            if not isinstance(value, str):
-                object.__setattr__(self, name, tuple(value))
+            if value is not None:
+                object.__setattr__(self, name, value if name == "target" and value == ALL_LINEAR else _patterns(value))
         if not self.target:
             raise ValueError("target is empty; give 'all-linear' or name patterns")
 
@@ -95,6 +98,10 @@ class LoRAReport:
         return "\n".join([head, *self.notes])
 
 
+def _patterns(value: str | Iterable[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
 # ---- quantize ------------------------------------------------------------------------------------------------------
 
 
@@ -105,8 +112,9 @@ def quantize_(
     """Replaces every nn.Linear inside `module` by a QuantLinear, in place.
 
     Left alone, each with its reason in the report: what `config.skip` or `skip` matches, layers whose weight is tied
-    to something that is no linear layer (an embedding), subclasses of nn.Linear (torch reads the weights of some
-    directly). Linear layers that share one weight share one packed weight afterwards.
+    to something that stays as it is (an embedding, a skipped layer), subclasses of nn.Linear and the feed-forward of
+    nn.TransformerEncoderLayer (torch reads those weights directly). Linear layers that share one weight share one
+    packed weight afterwards.
 
     Args:
         module: any nn.Module; a bare nn.Linear cannot be replaced in place.
@@ -115,8 +123,10 @@ def quantize_(
 
     Raises:
         PatternError: a pattern of `skip` or of `config.overrides` matches no linear layer.
-        NonFiniteError: a weight holds NaN or Inf; nothing has been changed then.
+        NonFiniteError: a weight holds NaN or Inf (int8: or exceeds fp16).
+        UnsupportedDtypeError: a weight is not fp32, fp16 or bf16.
         TypeError: `module` is itself an nn.Linear.
+        After an error nothing has been changed.
     """
     if isinstance(module, nn.Linear):
         raise TypeError("module is an nn.Linear, which cannot be replaced in place; use QuantLinear.from_linear")
@@ -126,8 +136,8 @@ def quantize_(
     _require_matches("skip", patterns, linears)
     _require_matches("config.overrides", tuple(config.overrides), linears)
     plan, skipped = _plan(module, linears, config, patterns)
-    for name, (linear, _) in plan.items():
-        _require_finite(linear.weight, f"{name}.weight")
+    for name, (linear, chosen) in plan.items():
+        _require_quantizable(linear.weight, chosen, f"{name}.weight")
     return _replace_linears(module, plan, skipped)
 
 
@@ -135,11 +145,12 @@ def _plan(
     module: nn.Module, linears: dict[str, nn.Linear], config: QuantConfig, patterns: tuple[str, ...]
 ) -> tuple[dict[str, tuple[nn.Linear, QuantConfig]], dict[str, str]]:
     owners = _weight_owners(module)
+    direct = _read_directly(module)
     plan: dict[str, tuple[nn.Linear, QuantConfig]] = {}
     skipped: dict[str, str] = {}
     for name, linear in linears.items():
         chosen = config.for_module(name)
-        others = [owner for owner in owners[id(linear.weight)] if owner.rpartition(".")[0] not in linears]
+        others = [owner for owner in owners.get(id(linear.weight), []) if owner.rpartition(".")[0] not in linears]
         pattern = next((p for p in patterns if match_module(name, p)), None)
         if pattern is not None:
             skipped[name] = f"matches skip pattern {pattern!r}"
@@ -147,39 +158,76 @@ def _plan(
             skipped[name] = "the configuration skips it"
         elif type(linear) is not nn.Linear:
             skipped[name] = f"is a {type(linear).__name__}, a subclass of nn.Linear"
+        elif name in direct:
+            skipped[name] = direct[name]
         elif others:
             skipped[name] = f"its weight is tied to {', '.join(others)}"
         elif linear.weight.is_meta:
             skipped[name] = "its weight is on the meta device: there are no values to quantize"
         else:
             plan[name] = (linear, chosen)
+    _skip_cut_ties(linears, plan, skipped)
     return plan, skipped
+
+
+def _skip_cut_ties(
+    linears: dict[str, nn.Linear], plan: dict[str, tuple[nn.Linear, QuantConfig]], skipped: dict[str, str]
+) -> None:
+    """Linear layers that share a weight are quantized together, alike, or not at all."""
+    for name, (linear, config) in list(plan.items()):
+        tied = [other for other, layer in linears.items() if other != name and layer.weight is linear.weight]
+        for other in tied:
+            if other not in plan:
+                skipped[name] = f"its weight is tied to {other}, which stays as it is"
+            elif plan[other][1] != config:
+                skipped[name] = f"its weight is tied to {other}, which has another configuration"
+    for name in skipped:
+        plan.pop(name, None)
+
+
+def _read_directly(module: nn.Module) -> dict[str, str]:
+    """Linear layers whose weights torch's own modules read past the layer's forward, and why they stay."""
+    found = {}
+    for name, layer in module.named_modules():
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            for child in ("linear1", "linear2"):
+                full = f"{name}.{child}" if name else child
+                found[full] = "nn.TransformerEncoderLayer reads its weight directly"
+    return found
 
 
 def _replace_linears(
     module: nn.Module, plan: dict[str, tuple[nn.Linear, QuantConfig]], skipped: dict[str, str]
 ) -> QuantizeReport:
-    tensors: dict[int, QuantTensor] = {}  # shared weights are quantized once
-    layers: dict[int, QuantLinear] = {}  # one module under two names stays one module
+    first: dict[int, tuple[str, QuantLinear]] = {}  # by weight: a shared one is quantized once
+    layers: dict[int, QuantLinear] = {}  # by module: one module under two names stays one module
+    tied: dict[str, str] = {}
     parameters = before = after = 0
     for name, (linear, config) in plan.items():
-        if id(linear) not in layers:
-            key = id(linear.weight)
-            if key not in tensors:
-                tensors[key] = QuantTensor.quantize(linear.weight, config, f"{name}.weight")
-                parameters += linear.weight.numel()
-                before += linear.weight.numel() * linear.weight.element_size()
-                after += tensors[key].nbytes
-            layer = QuantLinear.from_quant_tensor(tensors[key], linear.bias, config)
-            layers[id(linear)] = layer.train(linear.training)
+        weight = linear.weight
+        if id(linear) not in layers and id(weight) not in first:
+            tensor = QuantTensor.quantize(weight, config, f"{name}.weight")
+            layer = QuantLinear.from_quant_tensor(tensor, linear.bias, config).train(linear.training)
+            first[id(weight)], layers[id(linear)] = (name, layer), layer
+            parameters += weight.numel()
+            before += weight.numel() * weight.element_size()
+            after += tensor.nbytes
+        elif id(linear) not in layers:
+            layer = QuantLinear(linear.in_features, linear.out_features, config).train(linear.training)
+            layer.share_weight(first[id(weight)][1])
+            layer.bias = linear.bias
+            layers[id(linear)], tied[name] = layer, first[id(weight)][0]
         set_module(module, name, layers[id(linear)])
-    return QuantizeReport(list(plan), skipped, parameters, before, after)
+    return QuantizeReport(list(plan), skipped, parameters, before, after, tied)
 
 
-def _require_finite(weight: Tensor, name: str) -> None:
+def _require_quantizable(weight: Tensor, config: QuantConfig, name: str) -> None:
+    """Everything that quantizing could raise, before any layer is replaced."""
+    check_float(weight, name)
     low, high = torch.aminmax(weight) if weight.numel() else (weight.sum(), weight.sum())
-    if not bool(torch.isfinite(low) & torch.isfinite(high)):
-        check_finite(weight, max(1, weight.numel()), name, unit="tensor")
+    largest = torch.maximum(low.abs(), high.abs())
+    if not bool(torch.isfinite(largest if config.is_4bit else largest.half())):
+        QuantTensor.quantize(weight, config, name)  # raises, and says where
 
 
 # ---- LoRA ----------------------------------------------------------------------------------------------------------
@@ -194,8 +242,12 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, **options: Any)
 
     Raises:
         PatternError: a pattern of `target` matches no linear layer; the message lists layers that there are.
-        ValueError: the model has LoRA layers already.
+        ValueError: the model has LoRA layers already. TypeError: the model is itself a linear layer.
     """
+    if isinstance(model, (QuantLinear, nn.Linear)):
+        raise TypeError(
+            f"model is a {type(model).__name__}, which cannot be replaced in place; use LoRALinear.from_base"
+        )
     if config is None:
         config = LoRAConfig(**options)
     elif options:
@@ -204,17 +256,18 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, **options: Any)
     if present:
         raise ValueError(f"model has LoRA layers already ({present[0]} and {len(present) - 1} more)")
     layers = dict(_named(model, (QuantLinear, nn.Linear)))
-    patterns = (config.target,) if isinstance(config.target, str) else config.target
-    excluded = (config.exclude,) if isinstance(config.exclude, str) else config.exclude
-    if patterns != (ALL_LINEAR,):
-        _require_matches("target", patterns, layers)
+    patterns = _patterns(config.target)
+    everywhere = ALL_LINEAR in patterns
+    excluded = (("lm_head",) if everywhere else ()) if config.exclude is None else config.exclude
+    _require_matches("target", tuple(p for p in patterns if p != ALL_LINEAR), layers)
+    direct = _read_directly(model)
 
     def wanted(name: str, layer: nn.Module) -> bool:
-        if type(layer) not in (QuantLinear, nn.Linear):
-            return False  # a subclass's weight may be read directly, past the update
+        if type(layer) not in (QuantLinear, nn.Linear) or name in direct:
+            return False  # its weight is, or may be, read directly, past the update
         if any(match_module(name, pattern) for pattern in excluded):
             return False
-        return patterns == (ALL_LINEAR,) or any(match_module(name, pattern) for pattern in patterns)
+        return everywhere or any(match_module(name, pattern) for pattern in patterns)
 
     targets = [name for name, layer in layers.items() if wanted(name, layer)]
     if not targets:
@@ -280,7 +333,7 @@ def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
 def _ties(model: nn.Module, layers: dict[str, Any], targets: list[str]) -> Iterator[tuple[str, list[str]]]:
     owners = _weight_owners(model)
     for name in targets:
-        tied = [owner for owner in owners[id(layers[name].weight)] if owner.rpartition(".")[0] != name]
+        tied = [owner for owner in owners.get(id(layers[name].weight), []) if owner.rpartition(".")[0] != name]
         if tied:
             yield name, tied
 

@@ -152,8 +152,16 @@ class QuantLinear(nn.Module):
                 raise LayoutError(f"bias has shape {list(bias.shape)}; it must be [{self.out_features}]")
             self.bias = bias if isinstance(bias, nn.Parameter) else _frozen(bias)
 
+    def share_weight(self, other: QuantLinear) -> None:
+        """Ties this layer to `other`: the very same Parameters, so that copies and moves keep them one."""
+        self.config, self.dtype, self.nested_block_size = other.config, other.dtype, other.nested_block_size
+        self.weight, self.absmax, self.nested_absmax = other.weight, other.absmax, other.nested_absmax
+        self.codebook, self.nested_map, self.nested_offset = other.codebook, other.nested_map, other.nested_offset
+
     def packed_weight(self) -> PackedWeight:
         """The weight as kernels take it."""
+        if self.weight is None:
+            raise LayoutError("this QuantLinear has no weight yet: use from_linear, from_quant_tensor or a state dict")
         return PackedWeight(
             self.weight,
             self.absmax,
@@ -170,7 +178,7 @@ class QuantLinear(nn.Module):
     def quant_tensor(self) -> QuantTensor:
         """The weight as a QuantTensor of views: no copy."""
         if self.weight is None:
-            raise LayoutError("this QuantLinear has no weight yet")
+            raise LayoutError("this QuantLinear has no weight yet: use from_linear, from_quant_tensor or a state dict")
 
         def view(bits: Tensor | None) -> Tensor | None:
             return None if bits is None else as_float(bits.detach())
@@ -229,20 +237,40 @@ class QuantLinear(nn.Module):
             missing_keys.append(prefix + "weight")
         else:
             try:
-                tensor = QuantTensor.from_state(state, prefix + "weight")
+                # The int8 layout does not say which dtype the weight had; the layer knows.
+                dtype = self.dtype if "SCB" in state else None
+                tensor = QuantTensor.from_state(state, prefix + "weight", dtype)
                 self._take_over(tensor, state_dict, local_metadata)
             except (LayoutError, UnsupportedDtypeError) as error:
                 error_msgs.append(str(error))
                 return
             known = tensor.state()
             unexpected_keys.extend(prefix + key for key in state if key not in known)
-        if bias is not None and self.bias is not None:
+        self._load_bias(bias, prefix, local_metadata, missing_keys, unexpected_keys, error_msgs)
+
+    def _load_bias(
+        self,
+        bias: Tensor | None,
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        own = self.bias
+        if bias is None or own is None:
+            if bias is not None:
+                unexpected_keys.append(prefix + "bias")
+            elif own is not None:
+                missing_keys.append(prefix + "bias")
+        elif bias.shape != own.shape:
+            error_msgs.append(f"{prefix}bias has shape {list(bias.shape)}; it must be {list(own.shape)}")
+        elif own.is_meta or local_metadata.get("assign_to_params_buffers", False):
+            assign = local_metadata.get("assign_to_params_buffers", False)
+            self.bias = nn.Parameter(bias if assign else bias.detach().clone(), requires_grad=own.requires_grad)
+        else:
             with torch.no_grad():
-                self.bias.copy_(bias)
-        elif bias is not None:
-            unexpected_keys.append(prefix + "bias")
-        elif self.bias is not None:
-            missing_keys.append(prefix + "bias")
+                own.copy_(bias)
 
     def _take_over(self, tensor: QuantTensor, state_dict: Mapping[str, Any], local_metadata: Mapping[str, Any]) -> None:
         """load_state_dict copies unless `assign=True`, onto the device that this layer is on."""
