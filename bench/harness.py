@@ -1,8 +1,9 @@
 """Side by side in one process: interleaved calls, rotated weights, medians, ratios.
 
-A contestant is a function of a rotation index; it must touch another copy of the weight for another index, so that no
-cache smaller than all copies together can serve it. Contestants take turns call by call, so a noisy neighbour or a
-changing clock hits all of them alike.
+A contestant is a function of a rotation index; it touches another copy of the weight for another index. The copies of
+each contestant fill the same number of bytes, more than a core's own caches; a server's shared last-level cache can be
+larger still, so the first line of a bench prints its size. Contestants take turns call by call, so a noisy neighbour or
+a changing clock hits all of them alike.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-#: Bytes that the copies of one weight fill together: more than the last-level cache share of a small machine.
-ROTATION_BYTES = 256 << 20
+#: Bytes that the copies of one weight fill together.
+ROTATION_BYTES = 128 << 20
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,15 @@ class Timing:
     calls: int
 
 
-def copies_for(weight_bytes: int, most: int = 12) -> int:
+def copies_for(weight_bytes: int) -> int:
     """How many copies of a weight to rotate through."""
-    return max(2, min(most, ROTATION_BYTES // max(1, weight_bytes) + 1))
+    return max(2, -(-ROTATION_BYTES // max(1, weight_bytes)))
+
+
+def last_level_cache() -> str:
+    """Size of the largest cache that the operating system tells of."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max(sizes, key=lambda size: int(size.rstrip("KMG")), default="unknown")
 
 
 def race(contestants: dict[str, Callable[[int], object]], seconds: float = 1.5, least: int = 5) -> dict[str, Timing]:

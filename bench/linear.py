@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from harness import Timing, append_json, as_row, copies_for, race
+from harness import Timing, append_json, as_row, copies_for, last_level_cache, race
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -78,7 +78,7 @@ def contestants(n: int, k: int, m: int) -> dict[str, dict[str, Callable[[int], o
     base = nn.Linear(k, n, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     quantized = nybble.QuantLinear.from_linear(base)
     packed_copies = copies_for(n * k // 2)
-    plain_copies = copies_for(n * k * 2, most=4)
+    plain_copies = copies_for(n * k * 2)
     ours = [copy.deepcopy(quantized) for _ in range(packed_copies)]
     plain = [copy.deepcopy(base) for _ in range(plain_copies)]
     x = torch.randn(m, k, dtype=torch.bfloat16)
@@ -108,12 +108,13 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="out_features,in_features")
     parser.add_argument("--m", action="append", type=int)
     parser.add_argument("--seconds", type=float, default=1.0, help="per contestant and case")
-    parser.add_argument("--json", type=Path, default=Path("bench/results/linear.jsonl"))
+    parser.add_argument("--json", type=Path, default=Path(__file__).parent / "results" / "linear.jsonl")
     args = parser.parse_args()
     shapes = [tuple(map(int, text.split(","))) for text in args.shape] if args.shape else SHAPES
     console = Console(width=150)
     console.print(
-        f"{platform.machine()}, {nybble.active_isa()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+        f"{platform.machine()}, {nybble.active_isa()}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"last-level cache {last_level_cache()}"
     )
     table = Table(title="ms a call, median; in brackets: times as long as nybble")
     names = ("torch bf16", "bitsandbytes eval", "bitsandbytes train", "bitsandbytes")
