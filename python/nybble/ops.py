@@ -433,7 +433,7 @@ def autocast_enabled(device: str) -> bool:
 
 def _autocast(x: Tensor, *others: Tensor | None) -> tuple[Any, ...]:
     device = x.device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return (x, *others)
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t is not None and t.dtype in _FLOATS else t for t in (x, *others))
