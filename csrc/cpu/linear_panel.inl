@@ -15,20 +15,23 @@
 // thread count nor the tiling changes a bit.
 
 constexpr int64_t kStrip = kTileVectors * kLanes;
-constexpr int64_t kChunk = 512;  // contraction indices decoded at a time
 #ifdef NYBBLE_AMX
-constexpr int64_t kForwardColumns = 128;      // rows of W in a tile: more, because the multiplication is faster
+constexpr int64_t kChunk = 256;               // contraction indices decoded at a time
+constexpr int64_t kForwardColumns = 256;      // rows of W in a tile; more than elsewhere: multiplying is so much faster
+constexpr int64_t kGradColumns = 256;         // columns of W in a tile
 constexpr int64_t kRowAlign = 2 * kTileSide;  // rows of the accumulators
 #else
+constexpr int64_t kChunk = 512;
 constexpr int64_t kForwardColumns = 64;
+constexpr int64_t kGradColumns = 128;  // 64 packed bytes, one cache line
 constexpr int64_t kRowAlign = 1;
 #endif
-constexpr int64_t kGradColumns = 128;  // columns of W in a tile: 64 packed bytes, one cache line
 constexpr int64_t kRowsOfTask = 1024;  // rows of x that share one decode
 
 constexpr int64_t kBufferRows = kRowAlign > kLanes ? kRowAlign : kLanes;  // of the buffer that a task packs through
 
 static_assert(kForwardColumns % kStrip == 0 && kGradColumns % kStrip == 0, "strips fill a tile");
+static_assert(kGradColumns <= kChunk, "a row of a panel fits DenseRows' buffer");
 static_assert(kStrip % kLanes == 0 && kChunk % kLanes == 0, "transposition works on whole vectors");
 
 // How a step is held and multiplied.
@@ -104,6 +107,9 @@ struct DenseRows {
   void fetch(int64_t, int64_t, int64_t) const {}
 };
 
+// Columns of a tile that are computed: whole strips.
+static int64_t strips_of(int64_t width) { return divide_up(width, kStrip) * kStrip; }
+
 static int64_t steps_of(int64_t indices, int64_t per_step) { return divide_up(indices, per_step); }
 
 // Rows of `source` are columns of the panel: column j of the panel is source row first_row + j.
@@ -113,7 +119,7 @@ static void pack_transposed(const Source& source, int64_t first_row, int64_t row
   using Element = typename Step::Element;
   constexpr int64_t kBufferStride = kChunk * static_cast<int64_t>(sizeof(Element)) / 4;
   const int64_t steps = divide_up(steps_of(count, Step::kIndices), kLanes) * kLanes;
-  for (int64_t group = 0; group < kForwardColumns; group += kLanes) {
+  for (int64_t group = 0; group < strips_of(rows); group += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
       Element* out = buffer + lane * kChunk;
       const int64_t here = group + lane < rows ? count : 0;
@@ -146,6 +152,7 @@ static void pack_straight(const Source& source, int64_t first_row, int64_t rows,
                           typename Step::Element* buffer, uint32_t* panel) {
   using Element = typename Step::Element;
   const int64_t steps = steps_of(rows, Step::kIndices);
+  const int64_t columns = strips_of(width);
   const int64_t padded = divide_up(steps, kLanes) * kLanes;
   for (int64_t step = 0; step < steps; ++step) {
     for (int64_t part = 0; part < Step::kIndices; ++part) {
@@ -156,14 +163,14 @@ static void pack_straight(const Source& source, int64_t first_row, int64_t rows,
         source.fetch(first_row + row + kRowsAhead, column, width);
         source.row(first_row + row, column, here, out);
       }
-      memset(static_cast<void*>(out + here), 0, static_cast<size_t>(kGradColumns - here) * sizeof(Element));
+      memset(static_cast<void*>(out + here), 0, static_cast<size_t>(columns - here) * sizeof(Element));
     }
-    for (int64_t j = 0; j < kGradColumns; j += kLanes) {
+    for (int64_t j = 0; j < columns; j += kLanes) {
       merge_rows(buffer + j, buffer + kGradColumns + j,
                  panel + j / kStrip * padded * kStrip + step * kStrip + j % kStrip);
     }
   }
-  for (int64_t strip = 0; strip < kGradColumns / kStrip; ++strip) {
+  for (int64_t strip = 0; strip < columns / kStrip; ++strip) {
     uint32_t* rest = panel + (strip * padded + steps) * kStrip;
     memset(rest, 0, static_cast<size_t>((padded - steps) * kStrip) * sizeof(uint32_t));
   }
@@ -345,8 +352,7 @@ static bool task_memory(int64_t rows, int64_t tile, TaskMemory* memory, Failure*
 // acc += operand . source over `length` contraction indices.
 template <class Step, class Source>
 static void contract(const Source& source, const Operand& operand, int64_t length, bool transposed,
-                     int64_t first_column, int64_t width, int64_t first_row, int64_t rows, int64_t tile,
-                     const TaskMemory& memory) {
+                     int64_t first_column, int64_t width, int64_t first_row, int64_t rows, const TaskMemory& memory) {
   auto* buffer = static_cast<typename Step::Element*>(memory.rows);
   const char* x = operand.data + first_row * operand.stride;
   for (int64_t at = 0; at < length; at += kChunk) {
@@ -357,16 +363,16 @@ static void contract(const Source& source, const Operand& operand, int64_t lengt
       pack_straight<Step>(source, at, count, first_column, width, buffer, memory.panel);
     }
     multiply<Step>(x + at / Step::kIndices * 4, operand.stride, rows, memory.panel, steps_of(count, Step::kIndices),
-                   tile, memory.acc, buffer);
+                   strips_of(width), memory.acc, buffer);
   }
 }
 
 static void finish(const LinearArgs& args, int64_t first_row, int64_t rows, int64_t first_column, int64_t width,
-                   int64_t tile, float* acc) {
+                   float* acc) {
   alignas(64) float bias[kGradColumns];
   if (args.bias != nullptr) load_floats(args.bias, args.bias_dtype, first_column, width, bias);
   for (int64_t row = 0; row < rows; ++row) {
-    float* sums = acc + row * tile;
+    float* sums = acc + row * strips_of(width);
     if (args.bias != nullptr) {
       for (int64_t j = 0; j < width; ++j) sums[j] += bias[j];
     }
@@ -387,13 +393,13 @@ static void panel_task(void* context, int64_t index) {
   memset(memory.acc, 0, static_cast<size_t>(divide_up(rows, kRowAlign) * kRowAlign * job.tile) * sizeof(float));
   const bool transposed = !args.grad_input;
   contract<Step>(WeightRows{&args.weight}, job.x, args.contraction(), transposed, first_column, width, first_row, rows,
-                 job.tile, memory);
+                 memory);
   const SidePath& side = args.side;
   if (side.rank > 0) {
     const DenseRows right{side.right, side.right_dtype, args.grad_input ? args.weight.cols : side.rank};
-    contract<Step>(right, job.side, side.rank, transposed, first_column, width, first_row, rows, job.tile, memory);
+    contract<Step>(right, job.side, side.rank, transposed, first_column, width, first_row, rows, memory);
   }
-  finish(args, first_row, rows, first_column, width, job.tile, memory.acc);
+  finish(args, first_row, rows, first_column, width, memory.acc);
 }
 
 // Rows of x are split only when there are too few column tiles to keep every thread busy: each part decodes again.
