@@ -1,4 +1,4 @@
-"""What autograd, torch.func and tracers are promised beyond plain gradients, and ordinary uses of outputs and inputs."""
+"""What autograd, torch.func and tracers are promised beyond plain gradients, and ordinary uses of outputs."""
 
 from __future__ import annotations
 
