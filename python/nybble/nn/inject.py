@@ -252,7 +252,7 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, **options: Any)
         config = LoRAConfig(**options)
     elif options:
         raise TypeError(f"give either config or its fields, not both: got {', '.join(options)} too")
-    present = [name for name, _ in _named(model, (LoRALinear,))]
+    present = [name or "the model itself" for name, layer in model.named_modules() if isinstance(layer, LoRALinear)]
     if present:
         raise ValueError(f"model has LoRA layers already ({present[0]} and {len(present) - 1} more)")
     layers = dict(_named(model, (QuantLinear, nn.Linear)))
@@ -320,7 +320,7 @@ def _named(model: nn.Module, kinds: tuple[type[nn.Module], ...]) -> Iterator[tup
         if name and isinstance(module, kinds):
             yield name, module
         if isinstance(module, LoRALinear):
-            inside = (*inside, name + ".")
+            inside = (*inside, f"{name}." if name else "")
 
 
 def _weight_owners(model: nn.Module) -> dict[int, list[str]]:
