@@ -222,6 +222,7 @@ class QuantTensor:
         if dtype is not None:
             result.dtype = dtype
         result.validate(name)
+        result._check_finite(name)
         return result
 
     @classmethod
@@ -295,6 +296,16 @@ class QuantTensor:
         _expect(f"{name}.nested_absmax", self.nested_absmax, torch.float32, (nested_blocks,), why)
         _expect(f"{name}.nested_quant_map", self.nested_map, torch.float32, (256,))
         _expect(f"{name}: nested_offset", self.nested_offset, torch.float32, ())
+
+    def _check_finite(self, name: str) -> None:
+        """Raises LayoutError if a scale or a code is NaN or Inf: one would poison its block, or every weight."""
+        for key in ("absmax", "codebook", "nested_absmax", "nested_map", "nested_offset"):
+            values = getattr(self, key)
+            if values is None or values.is_meta or not values.is_floating_point() or not values.numel():
+                continue
+            if not bool(torch.isfinite(values).all()):
+                stored = {"codebook": "quant_map", "nested_map": "nested_quant_map"}.get(key, key)
+                raise LayoutError(f"{name}.{stored} holds NaN or Inf; every value must be finite")
 
     def __repr__(self) -> str:
         scales = ", double_quant" if self.is_nested else ""

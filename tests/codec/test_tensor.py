@@ -266,3 +266,11 @@ def test_damaged_states_are_refused_and_the_tensor_named(damage, message):
 def test_damaged_int8_states_are_refused(damage, message):
     with pytest.raises((LayoutError, TypeError), match=message):
         QuantTensor.from_state(damage(make("int8").state()), name="w")
+
+
+@pytest.mark.parametrize("key", ["weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map"])
+def test_a_scale_or_code_that_is_not_finite_is_refused_by_name(key):
+    state = {name: tensor.clone() for name, tensor in make().state().items()}
+    state[key][0] = float("nan")
+    with pytest.raises(LayoutError, match=key.removeprefix("weight.")):
+        QuantTensor.from_state(state)

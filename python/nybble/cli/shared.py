@@ -23,8 +23,15 @@ def load_tokenizer(directory: Path) -> Any:
 
 def load_model(directory: Path, adapter: Path | None = None, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
     """(model in eval mode, tokenizer) of a checkpoint directory, quantized or not, with an adapter on it if given."""
+    import torch
+
     from ..checkpoint import load, load_adapter
 
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.partition(":")[0], False):
+        raise ValueError(
+            f"device is {device!r}; this machine has: {', '.join(d for d, has in available.items() if has)}"
+        )
     model = load(directory, device=device)
     if adapter is not None:
         load_adapter(model, adapter)

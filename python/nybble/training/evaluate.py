@@ -11,6 +11,11 @@ from torch import Tensor, nn
 from .loss import CausalLoss
 
 
+def perplexity_of(loss: float) -> float:
+    """exp(loss), loss in nats per token; infinite where float64 cannot hold it."""
+    return math.exp(loss) if loss < 709.0 else math.inf
+
+
 def perplexity(
     model: nn.Module,
     tokens: Tensor | list[int],
@@ -38,7 +43,7 @@ def perplexity(
             f"tokens: {tokens.numel()} are fewer than one window of {window}; give more text or a smaller one"
         )
     rows = tokens[: count * window].view(count, window)
-    return math.exp(mean_loss(model, rows, batch_size=batch_size, chunk=chunk, progress=progress))
+    return perplexity_of(mean_loss(model, rows, batch_size=batch_size, chunk=chunk, progress=progress))
 
 
 def mean_loss(

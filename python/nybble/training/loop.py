@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..errors import DestinationExistsError
 from .config import TrainConfig, learning_rate
 from .data import Batches, Data, pack, split, to_tokens
-from .evaluate import check_length, check_vocabulary, mean_loss
+from .evaluate import check_length, check_vocabulary, mean_loss, perplexity_of
 from .loss import CausalLoss
 from .metrics import Display, MetricsFile, memory_bytes, peak_memory_bytes
 from .plot import plot_loss
@@ -47,7 +47,7 @@ class Evaluation:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(self.loss)
+        return perplexity_of(self.loss)
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -59,7 +60,9 @@ class MetricsFile:
 
     def write(self, kind: str, **values: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"kind": kind, **values}, allow_nan=False) + "\n")
+            # JSON has no NaN or infinity: null stands for them.
+            row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self._file.write(json.dumps({"kind": kind, **row}, allow_nan=False) + "\n")
             self._file.flush()
 
     def close(self) -> None:
