@@ -193,13 +193,14 @@ class WeightHandle {
   Weight weight;
 };
 
-void linear(const WeightHandle& handle, bool grad_input, Address x, int64_t x_stride, int64_t m, int dtype,
+void linear(const WeightHandle& handle, bool grad_input, int compute, Address x, int64_t x_stride, int64_t m, int dtype,
             Address side, int side_dtype, Address side_weight, int side_weight_dtype, int64_t rank, Address bias,
             int bias_dtype, Address out, int threads) {
   const KernelTable& table = kernels();
   LinearArgs args;
   args.weight = handle.weight;
   args.grad_input = grad_input;
+  args.compute = static_cast<Compute>(compute);
   args.x = pointer<const void>(x);
   args.x_stride = x_stride;
   args.m = m;
@@ -220,7 +221,7 @@ void linear(const WeightHandle& handle, bool grad_input, Address x, int64_t x_st
   raise_unless_ok(status);
 }
 
-py::dict explain_linear(int64_t rows, int64_t cols, int64_t m, int dtype, bool int8, bool grad_input) {
+py::dict explain_linear(int64_t rows, int64_t cols, int64_t m, int dtype, bool int8, bool grad_input, int compute) {
   const KernelTable& table = kernels();
   LinearArgs args;
   args.weight.rows = rows;
@@ -229,6 +230,7 @@ py::dict explain_linear(int64_t rows, int64_t cols, int64_t m, int dtype, bool i
   args.m = m;
   args.dtype = static_cast<DType>(dtype);
   args.grad_input = grad_input;
+  args.compute = static_cast<Compute>(compute);
   const cpu::Choice choice = cpu::choose_linear(table, args);
   py::dict result;
   result["kernel"] = choice.kernel;
@@ -277,9 +279,10 @@ PYBIND11_MODULE(_core, m) {
                   py::arg("block_size"), py::arg("rows"), py::arg("cols"))
       .def_static("int8_rows", &WeightHandle::int8_rows, py::arg("q"), py::arg("absmax"), py::arg("rows"),
                   py::arg("cols"));
-  m.def("linear", &linear, py::arg("weight"), py::arg("grad_input"), py::arg("x"), py::arg("x_stride"), py::arg("m"),
-        py::arg("dtype"), py::arg("side"), py::arg("side_dtype"), py::arg("side_weight"), py::arg("side_weight_dtype"),
-        py::arg("rank"), py::arg("bias"), py::arg("bias_dtype"), py::arg("out"), py::arg("threads"));
+  m.def("linear", &linear, py::arg("weight"), py::arg("grad_input"), py::arg("compute"), py::arg("x"),
+        py::arg("x_stride"), py::arg("m"), py::arg("dtype"), py::arg("side"), py::arg("side_dtype"),
+        py::arg("side_weight"), py::arg("side_weight_dtype"), py::arg("rank"), py::arg("bias"), py::arg("bias_dtype"),
+        py::arg("out"), py::arg("threads"));
   m.def("explain_linear", &explain_linear, py::arg("rows"), py::arg("cols"), py::arg("m"), py::arg("dtype"),
-        py::arg("int8"), py::arg("grad_input"));
+        py::arg("int8"), py::arg("grad_input"), py::arg("compute"));
 }

@@ -71,6 +71,10 @@ struct DequantizeRowsArgs {
   int threads = 1;
 };
 
+// What is multiplied. `native`: activations in their own precision or better. `int8`: each row of x is quantized to
+// int8 on the fly and multiplied with int8 weights in integers (dynamic quantization, an opt-in).
+enum class Compute : int32_t { native = 0, int8 = 1 };
+
 // The low-rank extension of a contraction: out += left . right, in the same pass over the output.
 struct SidePath {
   const void* left = nullptr;  // [m, rank], contiguous
@@ -85,6 +89,7 @@ struct SidePath {
 struct LinearArgs {
   Weight weight;
   bool grad_input = false;
+  Compute compute = Compute::native;  // forward only; grad_input is always native
   const void* x = nullptr;
   int64_t x_stride = 0;  // elements from one row of x to the next
   int64_t m = 0;

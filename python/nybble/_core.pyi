@@ -58,6 +58,7 @@ def dequantize_int8(q: int, absmax: int, rows: int, cols: int, out: int, dtype: 
 def linear(
     weight: Weight,
     grad_input: bool,
+    compute: int,
     x: int,
     x_stride: int,
     m: int,
@@ -72,4 +73,6 @@ def linear(
     out: int,
     threads: int,
 ) -> None: ...
-def explain_linear(rows: int, cols: int, m: int, dtype: int, int8: bool, grad_input: bool) -> dict[str, str]: ...
+def explain_linear(
+    rows: int, cols: int, m: int, dtype: int, int8: bool, grad_input: bool, compute: int
+) -> dict[str, str]: ...

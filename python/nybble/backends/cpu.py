@@ -260,6 +260,7 @@ def _run(
     _core.linear(
         handle,
         grad_input,
+        0,
         x.data_ptr(),
         x.stride(0),
         x.shape[0],
@@ -288,4 +289,4 @@ def explain_linear(
     out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool
 ) -> dict[str, str]:
     """Which kernel `linear` (or `grad_input`) would run, and why: kernel, isa, compute, reason."""
-    return _core.explain_linear(out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input)
+    return _core.explain_linear(out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input, 0)
