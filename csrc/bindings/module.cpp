@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -40,7 +41,16 @@ void raise_unless_ok(const Status& status) {
   }
 }
 
+bool check_forced_kernel() {
+  const char* name = std::getenv("NYBBLE_FORCE_KERNEL");
+  if (name == nullptr || *name == 0 || cpu::forced_kernel() == name) return true;
+  throw py::value_error("NYBBLE_FORCE_KERNEL=" + std::string(name) +
+                        " names no kernel; allowed: " + cpu::kernel_names());
+}
+
 const KernelTable& kernels() {
+  static const bool checked = check_forced_kernel();  // once, unless it throws
+  (void)checked;
   const KernelTable* table = cpu::active();
   if (table != nullptr) return *table;
   std::string known;
@@ -250,6 +260,15 @@ std::string set_active_isa(const std::string& name) {
   return previous;
 }
 
+std::string force_kernel(const std::string& name) {
+  const std::string previous = cpu::forced_kernel();
+  if (!cpu::force_kernel(name)) {
+    throw py::value_error("name: there is no kernel '" + name + "'; allowed: " + cpu::kernel_names() +
+                          ", or '' for none");
+  }
+  return previous;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -259,6 +278,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("isas", &cpu::isas);
   m.def("active_isa", [] { return std::string(kernels().isa); });
   m.def("set_active_isa", &set_active_isa, py::arg("name"));
+  m.def("force_kernel", &force_kernel, py::arg("name"));
   m.def("quantize_4bit", &quantize_4bit, py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("block_size"),
         py::arg("codebook"), py::arg("search"), py::arg("packed"), py::arg("absmax"), py::arg("threads"));
   m.def("dequantize_4bit", &dequantize_4bit, py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),

@@ -44,6 +44,11 @@ struct BlockScales {
   float at(int64_t block) const {
     return plain != nullptr ? plain[block] : map[codes[block]] * nested[block >> nested_shift] + *offset;
   }
+
+  // Where the stored scale of a block lies, for prefetching.
+  const void* address(int64_t block) const {
+    return plain != nullptr ? static_cast<const void*>(plain + block) : static_cast<const void*>(codes + block);
+  }
 };
 
 struct Packed4 {

@@ -115,6 +115,7 @@ struct KernelTable {
   Status (*dequantize_int8)(const DequantizeRowsArgs&);
   Status (*linear_small_m)(const LinearArgs&);
   Status (*linear_panel)(const LinearArgs&);
+  Status (*linear_tiles)(const LinearArgs&);  // null where the ISA has no matrix unit; bf16 only
 };
 
 }  // namespace nybble

@@ -3,6 +3,11 @@
 #include "cpu/codec.inl"
 #include "cpu/linear_panel.inl"
 #include "cpu/linear_small_m.inl"
+#ifdef NYBBLE_AMX
+#include "cpu/linear_tiles.inl"
+#else
+constexpr Status (*linear_tiles)(const LinearArgs&) = nullptr;
+#endif
 
 #ifdef NYBBLE_BF16_DOT
 constexpr bool kBf16Dot = true;
@@ -12,6 +17,6 @@ constexpr bool kBf16Dot = false;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    NYBBLE_ISA_NAME, kBf16Dot,      quantize_4bit,   dequantize_4bit, quantize_8bit,
-    dequantize_8bit, quantize_int8, dequantize_int8, linear_small_m,  linear_panel,
+    NYBBLE_ISA_NAME, kBf16Dot,        quantize_4bit,  dequantize_4bit, quantize_8bit, dequantize_8bit,
+    quantize_int8,   dequantize_int8, linear_small_m, linear_panel,    linear_tiles,
 };

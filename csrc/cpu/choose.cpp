@@ -1,26 +1,106 @@
 #include "cpu/choose.h"
 
+#include <atomic>
+#include <cstdlib>
+
 namespace nybble::cpu {
 
 namespace {
 
-// Up to here reading the weight once, decoding in registers, beats building a panel; the small-M kernel's limit is 8.
-constexpr int64_t kSmallM = 8;
+// A kernel, what it can run at all, and what it multiplies. Which of those that can is the best is choose_linear's.
+struct Kernel {
+  const char* name;
+  Status (*KernelTable::*entry)(const LinearArgs&);
+  bool (*can_run)(const LinearArgs&);
+  bool pairs;  // bf16 activations are multiplied as bf16 pairs where the ISA can
+};
+
+bool runs_small_m(const LinearArgs& args) {
+  // The kernel holds 8 rows of x; rows of packed bytes must start at a byte.
+  return !args.grad_input && args.m <= 8 && (args.weight.is_int8() || args.weight.cols % 2 == 0);
+}
+bool runs_panel(const LinearArgs&) { return true; }
+bool runs_tiles(const LinearArgs& args) { return args.dtype == DType::bf16; }
+
+const Kernel kKernels[] = {
+    {"linear_small_m", &KernelTable::linear_small_m, runs_small_m, false},
+    {"linear_panel", &KernelTable::linear_panel, runs_panel, true},
+    {"linear_tiles", &KernelTable::linear_tiles, runs_tiles, true},
+};
+const Kernel& kSmallM = kKernels[0];
+const Kernel& kPanel = kKernels[1];
+const Kernel& kTiles = kKernels[2];
+
+const Kernel* find(const std::string& name) {
+  for (const Kernel& kernel : kKernels) {
+    if (name == kernel.name) return &kernel;
+  }
+  return nullptr;
+}
+
+const Kernel kNotRead = {};
+std::atomic<const Kernel*> forced{&kNotRead};
+
+const Kernel* forced_now() {
+  const Kernel* kernel = forced.load(std::memory_order_acquire);
+  if (kernel == &kNotRead) {
+    const char* name = std::getenv("NYBBLE_FORCE_KERNEL");
+    kernel = name != nullptr ? find(name) : nullptr;
+    forced.store(kernel, std::memory_order_release);
+  }
+  return kernel;
+}
+
+bool can_run(const Kernel& kernel, const KernelTable& table, const LinearArgs& args) {
+  return table.*kernel.entry != nullptr && kernel.can_run(args);
+}
+
+Choice with(const Kernel& kernel, const KernelTable& table, const LinearArgs& args, const char* reason) {
+  const bool pairs = kernel.pairs && table.bf16_dot && args.dtype == DType::bf16;
+  return {kernel.name, reason, pairs ? "bf16 pairs, fp32 accumulation" : "fp32", table.*kernel.entry};
+}
+
+// Rows of x from which on tiles beat decoding in registers.
+constexpr int64_t kTilesFrom = 5;
 
 }  // namespace
 
 Choice choose_linear(const KernelTable& table, const LinearArgs& args) {
-  const bool pairs = table.bf16_dot && args.dtype == DType::bf16;
-  const char* panel_compute = pairs ? "bf16 pairs, fp32 accumulation" : "fp32";
-  const auto panel = [&](const char* reason) {
-    return Choice{"linear_panel", reason, panel_compute, table.linear_panel};
-  };
-  if (args.grad_input)
-    return panel("grad_input contracts over the weight's rows: one decoded panel serves both directions");
-  if (args.m > kSmallM) return panel("m > 8: one decode of the weight is shared by all rows of x");
-  if (!args.weight.is_int8() && args.weight.cols % 2 != 0)
-    return panel("in_features is odd, so rows do not start at a byte");
-  return {"linear_small_m", "m <= 8: bound by reading the weight, decoded in registers", "fp32", table.linear_small_m};
+  const Kernel* wanted = forced_now();
+  if (wanted != nullptr && can_run(*wanted, table, args)) return with(*wanted, table, args, "it was forced");
+  const bool tiles = can_run(kTiles, table, args);
+  if (args.grad_input) {
+    if (tiles)
+      return with(kTiles, table, args, "bf16 and a matrix unit, which takes the weight without transposing it");
+    return with(kPanel, table, args,
+                "grad_input contracts over the weight's rows: one decoded panel serves both directions");
+  }
+  if (tiles && args.m >= kTilesFrom) {
+    return with(kTiles, table, args, "bf16, a matrix unit, and enough rows of x to be worth filling its tiles");
+  }
+  if (args.m > 8) return with(kPanel, table, args, "m > 8: one decode of the weight is shared by all rows of x");
+  if (!can_run(kSmallM, table, args)) {
+    return with(kPanel, table, args, "in_features is odd, so rows do not start at a byte");
+  }
+  return with(kSmallM, table, args, "few rows of x: bound by reading the weight, decoded in registers");
+}
+
+std::string forced_kernel() {
+  const Kernel* kernel = forced_now();
+  return kernel != nullptr ? kernel->name : "";
+}
+
+bool force_kernel(const std::string& name) {
+  const Kernel* kernel = find(name);
+  if (kernel == nullptr && !name.empty()) return false;
+  forced.store(kernel, std::memory_order_release);
+  return true;
+}
+
+std::string kernel_names() {
+  std::string names;
+  for (const Kernel& kernel : kKernels) names += (names.empty() ? "" : ", ") + std::string(kernel.name);
+  return names;
 }
 
 }  // namespace nybble::cpu

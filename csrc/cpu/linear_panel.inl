@@ -15,20 +15,10 @@
 // thread count nor the tiling changes a bit.
 
 constexpr int64_t kStrip = kTileVectors * kLanes;
-#ifdef NYBBLE_AMX
-constexpr int64_t kChunk = 256;               // contraction indices decoded at a time
-constexpr int64_t kForwardColumns = 256;      // rows of W in a tile; more than elsewhere: multiplying is so much faster
-constexpr int64_t kGradColumns = 256;         // columns of W in a tile
-constexpr int64_t kRowAlign = 2 * kTileSide;  // rows of the accumulators
-#else
-constexpr int64_t kChunk = 512;
-constexpr int64_t kForwardColumns = 64;
-constexpr int64_t kGradColumns = 128;  // 64 packed bytes, one cache line
-constexpr int64_t kRowAlign = 1;
-#endif
-constexpr int64_t kRowsOfTask = 1024;  // rows of x that share one decode
-
-constexpr int64_t kBufferRows = kRowAlign > kLanes ? kRowAlign : kLanes;  // of the buffer that a task packs through
+constexpr int64_t kChunk = 512;          // contraction indices decoded at a time
+constexpr int64_t kForwardColumns = 64;  // rows of W in a tile
+constexpr int64_t kGradColumns = 128;    // columns of W in a tile: 64 packed bytes, one cache line
+constexpr int64_t kRowsOfTask = 1024;    // rows of x that share one decode
 
 static_assert(kForwardColumns % kStrip == 0 && kGradColumns % kStrip == 0, "strips fill a tile");
 static_assert(kGradColumns <= kChunk, "a row of a panel fits DenseRows' buffer");
@@ -50,11 +40,7 @@ struct StepF32 {
 struct StepBf16 {
   using Element = Bf16;
   static constexpr int64_t kIndices = 2;
-#ifdef NYBBLE_AMX
-  static constexpr int64_t kAlign = 2 * kTileSide;
-#else
   static constexpr int64_t kAlign = 2;
-#endif
   static inline F32 dot(F32 acc, const char* x, F32 panel) {
     uint32_t pair;
     memcpy(&pair, x, sizeof pair);
@@ -88,6 +74,7 @@ struct WeightRows {
                                          : reinterpret_cast<const char*>(weight->packed4.packed + start / 2);
     const int64_t bytes = weight->is_int8() ? count : count / 2;
     for (int64_t at = 0; at < bytes; at += 64) prefetch(from + at);
+    if (!weight->is_int8()) prefetch(weight->packed4.scales.address(start >> weight->packed4.block_shift));
   }
 };
 
@@ -224,10 +211,10 @@ static void multiply_rows(int64_t rows, const char* x, int64_t x_stride, const u
   }
 }
 
-// acc[rows, columns] += x . panel; `spare` holds kBufferRows rows of kChunk elements.
+// acc[rows, columns] += x . panel.
 template <class Step>
 static void multiply(const char* x, int64_t x_stride, int64_t rows, const uint32_t* panel, int64_t steps,
-                     int64_t columns, float* acc, typename Step::Element*) {
+                     int64_t columns, float* acc) {
   const int64_t padded = divide_up(steps, kLanes) * kLanes;
   for (int64_t row = 0; row < rows; row += kTileRows) {
     for (int64_t column = 0; column < columns; column += kStrip) {
@@ -236,38 +223,6 @@ static void multiply(const char* x, int64_t x_stride, int64_t rows, const uint32
     }
   }
 }
-
-#ifdef NYBBLE_AMX
-template <>
-void multiply<StepBf16>(const char* x, int64_t x_stride, int64_t rows, const uint32_t* panel, int64_t steps,
-                        int64_t columns, float* acc, Bf16* spare) {
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  const int64_t padded = divide_up(steps, kTileSide) * kTileSide;
-  const int64_t stride = padded * 4;
-  char* block = reinterpret_cast<char*>(spare);
-  for (int64_t row = 0; row < rows; row += 2 * kTileSide) {
-    // Through a buffer, so that a partial block of rows is filled up with zeros; measured as fast as reading x in
-    // place.
-    const int64_t here = smaller(2 * kTileSide, rows - row);
-    const bool two = here > kTileSide;
-    for (int64_t i = 0; i < here; ++i)
-      memcpy(block + i * stride, x + (row + i) * x_stride, static_cast<size_t>(stride));
-    const int64_t filled = two ? 2 * kTileSide : kTileSide;
-    memset(block + here * stride, 0, static_cast<size_t>((filled - here) * stride));
-    for (int64_t column = 0; column < columns; column += 2 * kTileSide) {
-      const uint32_t* strip = panel + column / kStrip * padded * kStrip + column % kStrip;
-      float* sums = acc + row * columns + column;
-      if (two) {
-        multiply_tiles_32(block, stride, strip, kStrip, padded, sums, columns);
-      } else {
-        multiply_tiles_16(block, stride, strip, kStrip, padded, sums, columns);
-      }
-    }
-  }
-  _tile_release();
-}
-#endif
 
 // ---- operands
 // ---------------------------------------------------------------------------------------------------------
@@ -338,9 +293,8 @@ struct TaskMemory {
 template <class Step>
 static bool task_memory(int64_t rows, int64_t tile, TaskMemory* memory, Failure* failure) {
   const size_t panel = static_cast<size_t>(kChunk * tile * 4);
-  const size_t buffer =
-      static_cast<size_t>(larger(kBufferRows * kChunk, 2 * kGradColumns)) * sizeof(typename Step::Element);
-  const size_t acc = static_cast<size_t>(divide_up(rows, kRowAlign) * kRowAlign * tile) * sizeof(float);
+  const size_t buffer = static_cast<size_t>(larger(kLanes * kChunk, 2 * kGradColumns)) * sizeof(typename Step::Element);
+  const size_t acc = static_cast<size_t>(rows * tile) * sizeof(float);
   memory->panel = static_cast<uint32_t*>(scratch(Slot::panel, panel));
   memory->rows = scratch(Slot::rows, buffer);
   memory->acc = static_cast<float*>(scratch(Slot::accumulators, acc));
@@ -363,7 +317,7 @@ static void contract(const Source& source, const Operand& operand, int64_t lengt
       pack_straight<Step>(source, at, count, first_column, width, buffer, memory.panel);
     }
     multiply<Step>(x + at / Step::kIndices * 4, operand.stride, rows, memory.panel, steps_of(count, Step::kIndices),
-                   strips_of(width), memory.acc, buffer);
+                   strips_of(width), memory.acc);
   }
 }
 
@@ -390,7 +344,7 @@ static void panel_task(void* context, int64_t index) {
   const int64_t rows = smaller(job.rows_per_task, args.m - first_row);
   TaskMemory memory;
   if (!task_memory<Step>(rows, job.tile, &memory, job.failure)) return;
-  memset(memory.acc, 0, static_cast<size_t>(divide_up(rows, kRowAlign) * kRowAlign * job.tile) * sizeof(float));
+  memset(memory.acc, 0, static_cast<size_t>(rows * job.tile) * sizeof(float));
   const bool transposed = !args.grad_input;
   contract<Step>(WeightRows{&args.weight}, job.x, args.contraction(), transposed, first_column, width, first_row, rows,
                  memory);
@@ -406,8 +360,7 @@ static void panel_task(void* context, int64_t index) {
 static int64_t rows_per_task(int64_t m, int64_t tiles, int threads) {
   int64_t rows = smaller(larger(m, 1), kRowsOfTask);
   while (tiles * divide_up(m, rows) < 2 * threads && rows > 16 * kTileRows) rows = divide_up(rows, 2);
-  constexpr int64_t kMultiple = kRowAlign > 1 ? kRowAlign : kTileRows;
-  return divide_up(rows, kMultiple) * kMultiple;
+  return divide_up(rows, kTileRows) * kTileRows;
 }
 
 template <class Step>

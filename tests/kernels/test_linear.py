@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -12,16 +13,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernels.problems import CUSTOM, DTYPES, LAYOUTS, Problem, assert_within_bound, make, problems, values
 
-from nybble import ops
+from nybble import _core, ops
 from nybble.backends import cpu
 
 NORMAL = st.just("normal")
+
+
+@contextmanager
+def forced(kernel: str) -> Iterator[None]:
+    """Inside, `kernel` runs wherever it can instead of the one that would be chosen."""
+    previous = _core.force_kernel(kernel)
+    try:
+        yield
+    finally:
+        _core.force_kernel(previous)
 
 
 @settings(max_examples=200)
 @given(problem=problems())
 def test_every_output_is_within_the_error_bound_of_its_sum(isa: str, problem: Problem) -> None:
     assert_within_bound(problem, problem.run())
+
+
+@pytest.mark.parametrize("kernel", ["linear_small_m", "linear_panel", "linear_tiles"])
+@settings(max_examples=100)
+@given(problem=problems())
+def test_every_kernel_that_can_run_a_problem_is_right_about_it(isa: str, kernel: str, problem: Problem) -> None:
+    with forced(kernel):
+        assert_within_bound(problem, problem.run())
 
 
 # (out_features, in_features): K % block != 0 with K % 16 == 0 is where bitsandbytes decodes wrongly.

@@ -123,18 +123,47 @@ def test_no_instruction_set_flag_reaches_the_compiler() -> None:
 
 
 def test_explain_tells_the_kernel_of_a_shape(isa: str) -> None:
-    small, large = explain((64, 128), m=8), explain((64, 128), m=9)
-    assert (small.kernel, large.kernel) == ("linear_small_m", "linear_panel")
+    tiles = isa == "amx"  # bf16 only
+    small, large = explain((64, 128), m=4), explain((64, 128), m=9)
+    assert (small.kernel, large.kernel) == ("linear_small_m", "linear_tiles" if tiles else "linear_panel")
     assert small.isa == large.isa == isa
     assert small.compute == "fp32"
     assert large.compute == ("bf16 pairs, fp32 accumulation" if isa in ("amx", "avx512bf16") else "fp32")
     assert explain((64, 128), m=9, dtype=torch.float32).compute == "fp32"
     assert explain((64, 128), m=9, dtype=torch.float16).compute == "fp32"
-    assert explain((64, 128), m=1, grad_input=True).kernel == "linear_panel"
+    assert explain((64, 128), m=9, dtype=torch.float32).kernel == "linear_panel"
+    assert explain((64, 128), m=1, grad_input=True).kernel == ("linear_tiles" if tiles else "linear_panel")
     assert explain((64, 127), m=1).kernel == "linear_panel"
     assert explain((64, 127), m=1, format="int8").kernel == "linear_small_m"
     assert "odd" in explain((64, 127), m=1).reason
     assert small.threads == torch.get_num_threads()
+
+
+def test_a_forced_kernel_runs_where_it_can(isa: str) -> None:
+    assert _core.force_kernel("linear_panel") == ""
+    try:
+        assert explain((64, 128), m=1).kernel == "linear_panel"
+        assert _core.force_kernel("linear_small_m") == "linear_panel"
+        assert explain((64, 128), m=8).kernel == "linear_small_m"
+        assert explain((64, 128), m=9).kernel != "linear_small_m"
+        with pytest.raises(ValueError, match="there is no kernel 'gemm'; allowed: linear_small_m, linear_panel"):
+            _core.force_kernel("gemm")
+    finally:
+        _core.force_kernel("")
+
+
+def test_the_forced_kernel_is_read_from_the_environment() -> None:
+    script = "import nybble; print(nybble.explain((64, 128), m=1).kernel)"
+    assert python(script, NYBBLE_FORCE_KERNEL="linear_panel").stdout.strip() == "linear_panel"
+    failed = """
+import nybble
+try:
+    nybble.explain((64, 128))
+except ValueError as error:
+    print(error)
+"""
+    said = python(failed, NYBBLE_FORCE_KERNEL="gemm").stdout.strip()
+    assert said.startswith("NYBBLE_FORCE_KERNEL=gemm names no kernel; allowed: linear_small_m")
 
 
 def test_explain_of_a_module_is_that_of_its_shape_and_format() -> None:
