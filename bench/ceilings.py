@@ -84,7 +84,6 @@ def read_loops(weight_bytes: int, rotation: int) -> dict[str, Call]:
         return {}
     step = -(-weight_bytes // 4096) * 4096
     count = copies_for(step, rotation)
-    ordinary, huge = _pages(step * count, False), _pages(step * count, True)
 
     def reader(memory: tuple[mmap.mmap, int], streams: int) -> Call:
         def call(turn: int) -> object:
@@ -92,8 +91,9 @@ def read_loops(weight_bytes: int, rotation: int) -> dict[str, Call]:
 
         return call
 
-    several = {f"read loop, {streams} streams": reader(huge, streams) for streams in STREAMS}
-    return {PLAIN: reader(ordinary, 1), **several}
+    # Memory of its own for each: what one loop has read must not wait in the cache for the next.
+    several = {f"read loop, {streams} streams": reader(_pages(step * count, True), streams) for streams in STREAMS}
+    return {PLAIN: reader(_pages(step * count, False), 1), **several}
 
 
 def peak_loop(multiply: str, isa: str) -> tuple[str, float, Call] | None:

@@ -39,6 +39,10 @@ class Timing:
     low: float
     calls: int
 
+    def divided(self, repeats: int) -> Timing:
+        """The same for one of `repeats` calls that were timed together."""
+        return Timing(self.median / repeats, self.low / repeats, self.calls)
+
 
 def last_level_cache() -> int:
     """Bytes of the largest cache that the operating system tells of, 0 if it tells of none."""

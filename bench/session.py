@@ -13,7 +13,7 @@ from pathlib import Path
 import ceilings
 import harness
 import torch
-from harness import Call, Timing, race
+from harness import Call, race
 from peers import Layers, Missing
 from rich.console import Console
 from rich.markup import escape
@@ -42,6 +42,7 @@ def parse(doc: str | None, rows: Iterable[int] = (), seconds: float = 0.4) -> ar
     )
     parser.add_argument("--only", default="", help="race contestants whose name holds one of these, comma-separated")
     parser.add_argument("--isa", help="the instruction set that nybble uses")
+    parser.add_argument("--no-plot", action="store_true")
     parser.add_argument("--json", type=Path, default=ceilings.RESULTS / "bench.jsonl")
     args = parser.parse_args()
     args.shapes = [tuple(map(int, text.split(","))) for text in args.shape] if args.shape else list(SHAPES)
@@ -111,6 +112,7 @@ class Session:
         reads: int = 0,
         operations: float = 0.0,
         multiply: str | None = None,
+        repeats: int = 1,
         **facts: object,
     ) -> Row:
         """Races the contestants with the ceilings that bound them, and keeps the result.
@@ -119,6 +121,7 @@ class Session:
             group: the table that the case stands in. column: its column there.
             reads: bytes that the op has to read; with it, the read loops run too.
             operations: multiplies and adds. multiply: "bf16", "fp32" or "int8"; with it, the peak loop runs too.
+            repeats: calls that a contestant makes by itself each time; times are divided by it.
             facts: anything else that tells the case (n, k, m, dtype), for the JSON line.
         """
         loops = _read_loops(reads, self.args.rotation) if reads else {}
@@ -135,7 +138,7 @@ class Session:
             "operations": operations,
             "rotation": self.args.rotation,
             "machine": {**self.machine, "active": nybble.active_isa()},
-            "timings": {name: asdict(timings[name]) for name in contestants},
+            "timings": {name: asdict(timings[name].divided(repeats)) for name in contestants},
             "read_gbs": {name: reads / timings[name].median / 1e9 for name in loops},
             "peak_gflops": {peak[0]: peak[1] / timings[peak[0]].median / 1e9} if peak else {},
         }
@@ -145,11 +148,11 @@ class Session:
             lines.write(json.dumps(row) + "\n")
         return row
 
-    def finish(self, unit: str = "ms", plot: bool = True) -> None:
+    def finish(self, unit: str = "ms") -> None:
         """Prints one table a group, and draws the op's plot."""
         for group in dict.fromkeys(row["group"] for row in self.rows):
             self._print(group, [row for row in self.rows if row["group"] == group], unit)
-        if plot:
+        if not self.args.no_plot:
             from plots import draw
 
             path = draw(self.op, self.rows, self.args.json.parent)
@@ -185,8 +188,3 @@ class Session:
             if any(row[limits] for row in rows):
                 rates = [row[key] / row["timings"][first]["median"] / 1e9 for row in rows]
                 table.add_row(f"{first}, {label}", *(f"{rate:.4g}" for rate in rates))
-
-
-def timing(row: Row, name: str) -> Timing:
-    """One contestant's timing in a row."""
-    return Timing(**row["timings"][name])
