@@ -8,7 +8,7 @@ from pathlib import Path
 
 def draw(op: str, rows: list[dict], folder: Path) -> Path | None:
     """Writes `op`.png from rows that have an M; returns None where there are fewer than two M, or no matplotlib."""
-    rows = [row for row in rows if row.get("m")]
+    rows = [row for row in rows if row["op"] == op and row.get("m")]
     try:
         import matplotlib
 
@@ -19,10 +19,12 @@ def draw(op: str, rows: list[dict], folder: Path) -> Path | None:
     groups = list(dict.fromkeys(row["group"] for row in rows))
     if len({row["m"] for row in rows}) < 2:
         return None
-    figure, axes = pyplot.subplots(1, len(groups), figsize=(6.5 * len(groups) + 2.5, 5.5), sharey=True, squeeze=False)
+    wide = min(3, len(groups))
+    high = -(-len(groups) // wide)
+    figure, axes = pyplot.subplots(high, wide, figsize=(6.5 * wide + 2.5, 5.5 * high), sharey=True, squeeze=False)
     names = list(dict.fromkeys(name for row in rows for name in row["timings"]))
     colors = pyplot.get_cmap("tab20").colors
-    for axis, group in zip(axes[0], groups, strict=True):
+    for axis, group in zip(axes.flat, groups, strict=False):
         own = sorted((row for row in rows if row["group"] == group), key=lambda row: row["m"])
         for index, name in enumerate(names):
             points = [(row["m"], row["timings"][name]["median"] * 1e3) for row in own if name in row["timings"]]
@@ -37,7 +39,7 @@ def draw(op: str, rows: list[dict], folder: Path) -> Path | None:
         axis.set_title(f"{op}, {group}")
         axis.grid(alpha=0.3, which="both")
     axes[0][0].set_ylabel("ms a call, median")
-    axes[0][-1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    axes.flat[wide - 1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1.02, 0.5))
     figure.tight_layout()
     path = folder / f"{op}.png"
     figure.savefig(path, dpi=110)

@@ -21,6 +21,7 @@ from rich.table import Table
 from torch import Tensor
 
 import nybble
+from nybble import _core
 
 #: (out_features, in_features): attention, and both directions of a feed-forward layer of a 7B model.
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
@@ -49,7 +50,7 @@ def parse(doc: str | None, rows: Iterable[int] = (), seconds: float = 0.4) -> ar
     args.rows = args.m or list(rows)
     args.rotation <<= 20
     if args.isa:
-        nybble._core.set_active_isa(args.isa)
+        _core.set_active_isa(args.isa)
     torch.manual_seed(0)
     return args
 
