@@ -101,7 +101,7 @@ def openvino_layers(kind: str) -> Callable[[Tensor, int], Layers]:
             import openvino
         except ImportError as error:
             raise Missing("openvino is not installed") from error
-        _, dense = _openvino_model(openvino, weight, kind)
+        codes, scales, dense = _openvino_codes(weight, kind)
         core = openvino.Core()
         bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         settings = {
@@ -117,7 +117,7 @@ def openvino_layers(kind: str) -> Callable[[Tensor, int], Layers]:
         requests = []
         for _ in range(count):
             # A fresh model each: one constant shared by all copies would be no rotation.
-            compiled = core.compile_model(_openvino_model(openvino, weight, kind)[0], "CPU", settings)
+            compiled = core.compile_model(_openvino_model(openvino, codes, scales, kind), "CPU", settings)
             requests.append(compiled.create_infer_request())
 
         def bind(x: Tensor) -> Call:
@@ -144,11 +144,8 @@ def openvino_layers(kind: str) -> Callable[[Tensor, int], Layers]:
     return build
 
 
-def _openvino_model(openvino: object, weight: Tensor, kind: str) -> tuple[object, Tensor]:
-    """A model of x [?, K], and the weight that it holds."""
-    import numpy as np
-    import openvino.opset13 as op
-
+def _openvino_codes(weight: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes and scales, by groups unless "i8", and the weight that they stand for."""
     n, k = weight.shape
     if kind == "nf4":
         groups = weight.float().reshape(n, -1, GROUP)
@@ -163,6 +160,15 @@ def _openvino_model(openvino: object, weight: Tensor, kind: str) -> tuple[object
         scales = (weight.float().abs().amax(1, keepdim=True) / 127).half().float()
         q = (weight.float() / scales).round().clamp(-127, 127)
         codes, dense = q.to(torch.int8), q * scales
+    return codes, scales, dense
+
+
+def _openvino_model(openvino: object, codes: Tensor, scales: Tensor, kind: str) -> object:
+    """A model of x [?, K] with its own copy of the codes."""
+    import numpy as np
+    import openvino.opset13 as op
+
+    n, k = codes.shape[0], codes[0].numel()
     data = codes if kind == "i8" else codes[..., 0::2] | codes[..., 1::2] << 4
     held = openvino.Tensor(getattr(openvino.Type, kind), openvino.Shape(list(codes.shape)))
     held.data.reshape(-1).view(np.uint8)[:] = data.numpy().reshape(-1).view(np.uint8)
@@ -175,4 +181,4 @@ def _openvino_model(openvino: object, weight: Tensor, kind: str) -> tuple[object
     if kind != "i8":
         value = op.reshape(value, np.array([n, k]), False)
     x = op.parameter([-1, k], np.float32, name="x")
-    return openvino.Model([op.matmul(x, op.convert(value, "f32"), False, True)], [x], "layer"), dense
+    return openvino.Model([op.matmul(x, op.convert(value, "f32"), False, True)], [x], "layer")
