@@ -11,7 +11,7 @@ help:
 	@echo "make demo    quantize, fine-tune and compare a real model (about 5 minutes on two cores)"
 	@echo "make test    the test suite, under every instruction set of this machine"
 	@echo "make check   formatting, lint, types, stubs"
-	@echo "make bench   speed beside bitsandbytes and torch"
+	@echo "make bench   speed beside its peers and the machine's ceilings, and the targets (about 15 minutes)"
 	@echo "make wheel   dist/nybble-*.whl"
 
 # One environment; each further set of packages is a stamp of its own, so that demo does not wait for test's.
@@ -58,7 +58,7 @@ format: $(VENV)/.check
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/.bench
-	$(BIN)/python bench/linear.py $(BENCH_ARGS)
+	$(BIN)/python bench/run.py $(BENCH_ARGS)
 
 wheel: $(VENV)/.base
 	$(PIP) wheel -q --no-deps -c constraints.txt -w dist .
