@@ -66,6 +66,27 @@ static inline float absmax_of(uint32_t magnitude) {
 // Blocks of a task: about 64 Ki elements, whatever the thread count.
 static int64_t blocks_per_task(int64_t block_size) { return larger(1, 65536 / block_size); }
 
+// ---- outputs past the caches ----------------------------------------------------------------------------------------
+//
+// A plain store first reads the line that it overwrites, and of an output larger than the caches nothing is found there
+// afterwards. Decoding NF4 to 90 MB of bf16 on two Sapphire Rapids class cores: 14 GB/s written plainly, 24 streamed.
+
+constexpr int64_t kStreamFrom = int64_t{8} << 20;  // bytes
+constexpr int64_t kLine = 64;
+
+static inline bool streams(const void* out, int64_t bytes) {
+  return bytes >= kStreamFrom && reinterpret_cast<uintptr_t>(out) % kLine == 0;
+}
+
+// `to` begins at a line; what does not fill a last one is stored plainly. A task ends with finish_streams.
+static inline void stream(void* to, const void* from, int64_t bytes) {
+  char* out = static_cast<char*>(to);
+  const char* in = static_cast<const char*>(from);
+  int64_t at = 0;
+  for (; at + kLine <= bytes; at += kLine) stream_line(out + at, in + at);
+  if (at < bytes) memcpy(out + at, in + at, static_cast<size_t>(bytes - at));
+}
+
 #include "cpu/codec_mse.inl"
 #include "cpu/codec_4bit.inl"
 #include "cpu/codec_8bit.inl"

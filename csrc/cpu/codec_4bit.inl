@@ -48,42 +48,70 @@ static void place_thresholds(Quantize4Job* job) {
 }
 
 template <class T>
-static inline KeyThresholds key_thresholds(const Quantize4Job& job, float scale, float reciprocal) {
-  alignas(64) int16_t keys[16];
+static inline void key_thresholds(const Quantize4Job& job, float scale, float reciprocal, int16_t* keys) {
   for (int i = 0; i < 16; i += kLanes) {
     const F32 below = mul(mul(broadcast(scale), load(job.below + i)), load(job.below_too + i));
     const I32 next = offset(floor_key(below, static_cast<const T*>(nullptr)), 1);
     const F32 s = mul(key_value(next, static_cast<const T*>(nullptr)), broadcast(reciprocal));
     store_keys(keys + i, advance_where_greater(next, s, load(job.sorted.threshold + i), -1));
   }
-  return load_key_thresholds(keys);
 }
 
-// ---- one block ------------------------------------------------------------------------------------------------------
+// ---- strips of blocks -----------------------------------------------------------------------------------------------
+//
+// One block is a long chain of dependent steps, and a core looks only about two blocks ahead. So each step is done for
+// all blocks of a strip before the next one: 8.0 GB/s of bf16 before, STRIPS after (two Sapphire Rapids class cores).
 
-// `count` is a multiple of 32.
-static inline void pack_block(const float* x, int64_t count, const Quantize4Job& job, float, float reciprocal,
-                              uint8_t* packed) {
+constexpr int64_t kAheadBytes = 8192;
+constexpr int64_t kStripBlocks = 16;
+constexpr int64_t kStripElements = 4096;  // a strip stays in L1
+
+struct Strip {
+  int64_t blocks;
+  int64_t block_size;  // a multiple of 32
+  alignas(64) float scale[kStripBlocks];
+  alignas(64) float reciprocal[kStripBlocks];
+  alignas(64) int16_t keys[kStripBlocks][16];
+};
+
+static inline void invert_scales(Strip* strip) {
+  for (int i = 0; i < kStripBlocks; i += kLanes) {
+    store(strip->reciprocal + i, div(broadcast(1.0F), load(strip->scale + i)));
+  }
+}
+
+static inline void pack_strip(const float* x, const Quantize4Job& job, Strip* strip, uint8_t* packed) {
   const Thresholds thresholds = load_thresholds(job.sorted.threshold);
-  const F32 factor = broadcast(reciprocal);
-  for (int64_t i = 0; i < count; i += 32) {
-    I32 ranks[32 / kLanes];
-    for (int v = 0; v < 32 / kLanes; ++v) ranks[v] = rank_of(mul(load(x + i + v * kLanes), factor), thresholds);
-    pack_ranks(ranks, job.sorted.index, packed + i / 2);
+  for (int64_t block = 0; block < strip->blocks; ++block) {
+    const F32 factor = broadcast(strip->reciprocal[block]);
+    for (int64_t end = strip->block_size; end > 0; end -= 32, x += 32, packed += 16) {
+      prefetch(x + kAheadBytes / 4);
+      prefetch(x + kAheadBytes / 4 + 16);
+      I32 ranks[32 / kLanes];
+      for (int v = 0; v < 32 / kLanes; ++v) ranks[v] = rank_of(mul(load(x + v * kLanes), factor), thresholds);
+      pack_ranks(ranks, job.sorted.index, packed);
+    }
   }
 }
 
 template <class T>
-static inline void pack_block(const T* x, int64_t count, const Quantize4Job& job, float scale, float reciprocal,
-                              uint8_t* packed) {
+static inline void pack_strip(const T* x, const Quantize4Job& job, Strip* strip, uint8_t* packed) {
+  const int64_t count = strip->blocks * strip->block_size;
   if (!job.keyed) {
-    alignas(64) float values[kMaxBlock];
+    alignas(64) float values[kStripElements];
     to_floats(x, count, values);
-    return pack_block(values, count, job, scale, reciprocal, packed);
+    return pack_strip(values, job, strip, packed);
   }
-  const KeyThresholds thresholds = key_thresholds<T>(job, scale, reciprocal);
-  for (int64_t i = 0; i < count; i += 32) {
-    pack_keys(reinterpret_cast<const uint16_t*>(x) + i, thresholds, job.sorted.index, packed + i / 2);
+  for (int64_t block = 0; block < strip->blocks; ++block) {
+    key_thresholds<T>(job, strip->scale[block], strip->reciprocal[block], strip->keys[block]);
+  }
+  const uint16_t* words = reinterpret_cast<const uint16_t*>(x);
+  for (int64_t block = 0; block < strip->blocks; ++block) {
+    const KeyThresholds thresholds = load_key_thresholds(strip->keys[block]);
+    for (int64_t end = strip->block_size; end > 0; end -= 32, words += 32, packed += 16) {
+      prefetch(words + kAheadBytes / 2);
+      pack_keys(words, thresholds, job.sorted.index, packed);
+    }
   }
 }
 
@@ -96,38 +124,54 @@ static inline uint32_t block_magnitude(const T* x, int64_t count) {
   return bits_of(to_float(T{static_cast<uint16_t>(reduce_max(lanes))}));
 }
 
+// `count` elements of x count; the rest of the strip is padded with zeros.
 template <class T>
-static float search_scale(const T* x, int64_t count, int64_t padded, float absmax, const Quantize4Job& job) {
+static void search_scales(const T* x, int64_t count, const Quantize4Job& job, Strip* strip) {
   alignas(64) float values[kMaxBlock];
-  to_floats(x, padded, values);
   const float code_of_zero = job.sorted.code[job.sorted.zero_rank];
+  for (int64_t block = 0; block < strip->blocks; ++block) {
+    const int64_t start = block * strip->block_size;
+    const int64_t here = smaller(strip->block_size, count - start);
+    to_floats(x + start, strip->block_size, values);
 #ifdef NYBBLE_BUCKETS
-  if (job.bucketed) return search_mse(values, count, padded, absmax, job.buckets, code_of_zero);
+    if (job.bucketed) {
+      strip->scale[block] =
+          search_mse(values, here, strip->block_size, strip->scale[block], job.buckets, code_of_zero);
+      continue;
+    }
 #endif
-  return search_mse(values, count, padded, absmax, codes_by_rank(job.sorted), code_of_zero);
+    strip->scale[block] =
+        search_mse(values, here, strip->block_size, strip->scale[block], codes_by_rank(job.sorted), code_of_zero);
+  }
 }
 
-// False: a value is not finite. x is padded with zeros to a multiple of 32 elements.
+// False: a value is not finite, in the block that strip->blocks then says.
 template <class T>
-static inline bool quantize_block(const T* x, int64_t count, int64_t padded, const Quantize4Job& job, float* absmax,
-                                  uint8_t* packed) {
-  const uint32_t magnitude = block_magnitude(x, padded);
-  if (magnitude >= kInfinity) return false;
-  float scale = absmax_of(magnitude);
-  if (job.args->search == Search::mse) scale = search_scale(x, count, padded, scale, job);
-  *absmax = scale;
-  pack_block(x, padded, job, scale, 1.0F / scale, packed);
+static inline bool quantize_strip(const T* x, int64_t count, const Quantize4Job& job, Strip* strip, uint8_t* packed) {
+  for (int64_t block = 0; block < strip->blocks; ++block) {
+    const uint32_t magnitude = block_magnitude(x + block * strip->block_size, strip->block_size);
+    strip->scale[block] = absmax_of(magnitude);
+    if (magnitude >= kInfinity) {
+      strip->blocks = block;
+      return false;
+    }
+  }
+  if (job.args->search == Search::mse) search_scales(x, count, job, strip);
+  invert_scales(strip);
+  pack_strip(x, job, strip, packed);
   return true;
 }
 
+// The last block of a tensor whose size is no multiple of the block size.
 template <class T>
-static bool quantize_partial_block(const T* x, int64_t count, const Quantize4Job& job, float* absmax, uint8_t* packed) {
+static bool quantize_partial_block(const T* x, int64_t count, const Quantize4Job& job, Strip* strip, uint8_t* packed) {
   alignas(64) T values[kMaxBlock];
   alignas(64) uint8_t bytes[kMaxBlock / 2];
-  const int64_t padded = divide_up(count, 32) * 32;
+  strip->blocks = 1;
+  strip->block_size = divide_up(count, 32) * 32;
   memcpy(static_cast<void*>(values), x, static_cast<size_t>(count) * sizeof(T));
-  memset(static_cast<void*>(values + count), 0, static_cast<size_t>(padded - count) * sizeof(T));
-  if (!quantize_block(values, count, padded, job, absmax, bytes)) return false;
+  memset(static_cast<void*>(values + count), 0, static_cast<size_t>(strip->block_size - count) * sizeof(T));
+  if (!quantize_strip(values, count, job, strip, bytes)) return false;
   memcpy(packed, bytes, static_cast<size_t>(divide_up(count, 2)));
   return true;
 }
@@ -135,16 +179,23 @@ static bool quantize_partial_block(const T* x, int64_t count, const Quantize4Job
 template <class T>
 static void quantize_blocks(const Quantize4Job& job, int64_t first, int64_t last) {
   const Quantize4Args& args = *job.args;
-  const T* x = static_cast<const T*>(args.x);
-  for (int64_t block = first; block < last; ++block) {
+  const int64_t whole = args.count / args.block_size;  // blocks
+  const int64_t together = smaller(kStripBlocks, kStripElements / args.block_size);
+  Strip strip;
+  for (float& scale : strip.scale) scale = 1.0F;
+  int64_t block = first;
+  while (block < last) {
     const int64_t start = block * args.block_size;
-    const int64_t count = args.count - start;
-    float* absmax = args.absmax + block;
+    const T* x = static_cast<const T*>(args.x) + start;
     uint8_t* packed = args.packed + start / 2;
-    const bool finite = count < args.block_size
-                            ? quantize_partial_block(x + start, count, job, absmax, packed)
-                            : quantize_block(x + start, args.block_size, args.block_size, job, absmax, packed);
-    if (!finite) return job.failure->report_block(block);
+    strip.blocks = smaller(together, smaller(last, whole) - block);
+    strip.block_size = args.block_size;
+    const bool finite = strip.blocks > 0
+                            ? quantize_strip(x, strip.blocks * args.block_size, job, &strip, packed)
+                            : quantize_partial_block(x, args.count - start, job, &strip, packed);
+    if (!finite) return job.failure->report_block(block + strip.blocks);
+    memcpy(args.absmax + block, strip.scale, static_cast<size_t>(strip.blocks) * sizeof(float));
+    block += strip.blocks;
   }
 }
 

@@ -25,7 +25,7 @@ static inline Thresholds load_thresholds(const float* t) {
 }
 static inline I32 rank_of(F32 s, const Thresholds& t) {
   const __mmask16 upper = _mm512_cmp_ps_mask(s, t.seventh, _CMP_GT_OQ);
-  __m512i rank = _mm512_maskz_set1_epi32(upper, 8);
+  __m512i rank = _mm512_maskz_mov_epi32(upper, _mm512_set1_epi32(8));
   rank = advance_where_greater(rank, s, _mm512_mask_blend_ps(upper, t.third, t.eleventh), 4);
   rank = advance_where_greater(rank, s, _mm512_permutexvar_ps(offset(rank, 1), t.all), 2);
   return advance_where_greater(rank, s, _mm512_permutexvar_ps(rank, t.all), 1);
@@ -102,7 +102,7 @@ static inline void pack_keys(const uint16_t* x, const KeyThresholds& t, const ui
   // sign ? ~magnitude : magnitude, that is bits ^ (sign & 0x7FFF)
   const __m512i key = _mm512_ternarylogic_epi64(bits, _mm512_srai_epi16(bits, 15), _mm512_set1_epi16(0x7FFF), 0x78);
   const __mmask32 upper = _mm512_cmpgt_epi16_mask(key, t.seventh);
-  __m512i rank = _mm512_maskz_set1_epi16(upper, 8);
+  __m512i rank = _mm512_maskz_mov_epi16(upper, _mm512_set1_epi16(8));
   rank = advance_where_greater(rank, key, _mm512_mask_blend_epi16(upper, t.third, t.eleventh), 4);
   const __m512i second = _mm512_permutexvar_epi16(_mm512_add_epi16(rank, _mm512_set1_epi16(1)), t.all);
   rank = advance_where_greater(rank, key, second, 2);
