@@ -23,10 +23,10 @@ struct Quantize4Job {
 // values are ranked by comparing 16-bit integers, twice as many to a register as there are floats, without any
 // conversion.
 //
-// That key is found exactly: one just below the threshold is rounded down to the grid of the dtype, and its successor
-// is tried by the rule itself. Where threshold * scale loses 2^-12, a grid's spacing (2^-11 at least) cannot hide a
-// second successor. A threshold of 0 is passed by whatever does not underflow to 0, so by x > 2^-150 * scale; other
-// thresholds that small would need the same care, and go the general way.
+// That key is found exactly: one just below the threshold is rounded down to the grid of the dtype, and its successor is
+// tried by the rule itself. Where threshold * scale loses 2^-12, a grid's spacing (2^-11 at least) cannot hide a second
+// successor. A threshold of 0 is passed by whatever does not underflow to 0, so by x > 2^-150 * scale; one so close to 0
+// that its product with the smallest scale could underflow makes the codebook go the general way.
 
 constexpr float kBelow = 1.0F - 1.0F / 4096.0F;
 constexpr float kAbove = 1.0F + 1.0F / 4096.0F;
@@ -42,7 +42,7 @@ static void place_thresholds(Quantize4Job* job) {
     } else {
       job->below[i] = threshold;
       job->below_too[i] = threshold > 0.0F ? kBelow : kAbove;
-      if (magnitude < bits_of(0x1p-60F) || magnitude > kInfinity) job->keyed = false;
+      if (magnitude < bits_of(0x1p-22F) || magnitude > kInfinity) job->keyed = false;
     }
   }
 }

@@ -106,7 +106,8 @@ static void quantize_row(const QuantizeRowsJob& job, int64_t row) {
   const int64_t whole = args.cols / kLanes * kLanes;
   const T* x = static_cast<const T*>(args.x) + row * args.cols;
   alignas(64) T tail[kLanes] = {};
-  memcpy(static_cast<void*>(tail), x + whole, static_cast<size_t>(args.cols - whole) * sizeof(T));
+  const int64_t over = args.cols - whole;
+  if (over > 0) memcpy(static_cast<void*>(tail), x + whole, static_cast<size_t>(over) * sizeof(T));
   const uint32_t body = largest_magnitude_through_f16(x, whole);
   const uint32_t rest = largest_magnitude_through_f16(tail, kLanes);
   const uint32_t magnitude = body > rest ? body : rest;
@@ -118,7 +119,7 @@ static void quantize_row(const QuantizeRowsJob& job, int64_t row) {
   for (int64_t i = 0; i < whole; i += kLanes) store(q + i, mul(load_through_f16(x + i), factor));
   alignas(64) int8_t codes[kLanes];
   store(codes, mul(load_through_f16(tail), factor));
-  memcpy(q + whole, codes, static_cast<size_t>(args.cols - whole));
+  if (over > 0) memcpy(q + whole, codes, static_cast<size_t>(over));
 }
 
 static void quantize_int8_task(void* context, int64_t row) {
