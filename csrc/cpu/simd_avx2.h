@@ -83,10 +83,15 @@ static inline F32 lookup(Table table, I32 index) {
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
 }
 static inline I32 offset(I32 index, int by) { return _mm256_add_epi32(index, _mm256_set1_epi32(by)); }
+static inline I32 times_16(I32 index) { return _mm256_slli_epi32(index, 4); }
 static inline I32 advance_where_greater(I32 index, F32 a, F32 b, int by) {
   const __m256i greater = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
   return _mm256_add_epi32(index, _mm256_and_si256(greater, _mm256_set1_epi32(by)));
 }
+static inline I32 load_bytes(const uint8_t* p) {
+  return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+static inline F32 gather(const float* table, I32 index) { return _mm256_i32gather_ps(table, index, 4); }
 static inline void store_bytes(uint8_t* p, I32 v) {
   const __m128i words = narrow(v);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
@@ -98,6 +103,7 @@ static inline void load_nibbles(const uint8_t* p, I32* even, I32* odd) {
 }
 
 #include "cpu/simd_nibbles_sse.h"
+#include "cpu/simd_codec_avx2.h"
 
 static inline void decode(const uint8_t* p, Table table, float* out) {
   __m128i low, high;

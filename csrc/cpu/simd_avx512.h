@@ -70,12 +70,17 @@ static inline Table scale(Table table, float by) { return {_mm512_mul_ps(table.e
 // Only the low four bits of an index count.
 static inline F32 lookup(Table table, I32 index) { return _mm512_permutexvar_ps(index, table.entries); }
 static inline I32 offset(I32 index, int by) { return _mm512_add_epi32(index, _mm512_set1_epi32(by)); }
+static inline I32 times_16(I32 index) { return _mm512_slli_epi32(index, 4); }
 static inline I32 advance_where_greater(I32 index, F32 a, F32 b, int by) {
   return _mm512_mask_add_epi32(index, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), index, _mm512_set1_epi32(by));
+}
+static inline I32 load_bytes(const uint8_t* p) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 static inline void store_bytes(uint8_t* p, I32 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
 }
+static inline F32 gather(const float* table, I32 index) { return _mm512_i32gather_ps(index, table, 4); }
 // kLanes packed bytes: even elements from the high nibbles, odd ones from the low.
 static inline void load_nibbles(const uint8_t* p, I32* even, I32* odd) {
   const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -84,6 +89,7 @@ static inline void load_nibbles(const uint8_t* p, I32* even, I32* odd) {
 }
 
 #include "cpu/simd_nibbles_sse.h"
+#include "cpu/simd_codec_avx512.h"
 
 // 16 packed bytes -> 32 elements in order.
 static inline void decode(const uint8_t* p, Table table, float* out) {

@@ -10,12 +10,7 @@ static inline void split_nibbles(const uint8_t* p, __m128i* first, __m128i* seco
   *second = _mm_unpackhi_epi8(even, odd);
 }
 
-// 32 ranks -> 16 packed bytes of map[rank]; an even element goes to the high nibble.
-static inline void pack_ranks(const uint8_t* ranks, const uint8_t* map, uint8_t* packed) {
-  const __m128i table = _mm_loadu_si128(reinterpret_cast<const __m128i*>(map));
-  const __m128i weights = _mm_set1_epi16(0x0110);
-  const __m128i first = _mm_shuffle_epi8(table, _mm_loadu_si128(reinterpret_cast<const __m128i*>(ranks)));
-  const __m128i second = _mm_shuffle_epi8(table, _mm_loadu_si128(reinterpret_cast<const __m128i*>(ranks + 16)));
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(packed),
-                   _mm_packus_epi16(_mm_maddubs_epi16(first, weights), _mm_maddubs_epi16(second, weights)));
+static inline uint32_t reduce_max_words(__m128i v) {
+  const __m128i all = _mm_set1_epi16(-1);  // the minimum is what there is an instruction for
+  return static_cast<uint32_t>(_mm_extract_epi16(_mm_xor_si128(_mm_minpos_epu16(_mm_xor_si128(v, all)), all), 0));
 }

@@ -98,18 +98,22 @@ static inline F32 lookup(const Table& table, I32 index) {
   return r;
 }
 static inline I32 offset(I32 index, int by) { NYBBLE_LANES(index.lane[i] += static_cast<uint32_t>(by)) return index; }
+static inline I32 times_16(I32 index) { NYBBLE_LANES(index.lane[i] *= 16) return index; }
 static inline I32 advance_where_greater(I32 index, F32 a, F32 b, int by) {
   NYBBLE_LANES(index.lane[i] += a.lane[i] > b.lane[i] ? static_cast<uint32_t>(by) : 0U)
   return index;
 }
+static inline I32 load_bytes(const uint8_t* p) {
+  I32 r;
+  NYBBLE_LANES(r.lane[i] = p[i]) return r;
+}
 static inline void store_bytes(uint8_t* p, I32 v) { NYBBLE_LANES(p[i] = static_cast<uint8_t>(v.lane[i])) }
+static inline F32 gather(const float* table, I32 index) {
+  F32 r;
+  NYBBLE_LANES(r.lane[i] = table[index.lane[i]]) return r;
+}
 static inline void load_nibbles(const uint8_t* p, I32* even, I32* odd) {
   NYBBLE_LANES(even->lane[i] = p[i] >> 4; odd->lane[i] = p[i] & 15U)
-}
-static inline void pack_ranks(const uint8_t* ranks, const uint8_t* map, uint8_t* packed) {
-  for (int i = 0; i < 16; ++i) {
-    packed[i] = static_cast<uint8_t>((map[ranks[2 * i]] << 4) | map[ranks[2 * i + 1]]);
-  }
 }
 template <class T>
 struct CodesOf {
@@ -137,4 +141,7 @@ static inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t
     for (int column = 0; column < kLanes; ++column) to[column * to_stride + row] = from[row * from_stride + column];
   }
 }
+
+#include "cpu/simd_codec_scalar.h"
+
 #undef NYBBLE_LANES

@@ -360,6 +360,20 @@ def check_output_dtype(dtype: torch.dtype) -> None:
         raise UnsupportedDtypeError(f"dtype is {dtype}; float32, float16 and bfloat16 are supported")
 
 
+def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
+    """Raises LayoutError or UnsupportedDtypeError unless `out` can take values of this shape and dtype as it is."""
+    if out.dtype != dtype:
+        raise UnsupportedDtypeError(f"out has dtype {out.dtype}; it must be {dtype}")
+    if tuple(out.shape) != tuple(shape):
+        raise LayoutError(f"out has shape {list(out.shape)}; it must be {list(shape)}")
+    if out.device != device:
+        raise LayoutError(f"out is on {out.device}; it must be where the weight is, on {device}")
+    if not out.is_contiguous():
+        raise LayoutError(f"out has strides {list(out.stride())}; it must be contiguous")
+    if out.requires_grad:
+        raise LayoutError("out requires a gradient; it must be a tensor without one, which is written as it is")
+
+
 def _check_scales(absmax: Tensor, block_size: int, n: int, device: torch.device) -> None:
     blocks = math.ceil(n / block_size)
     _check_stored("absmax", absmax, torch.float32, blocks, f"{n} elements in blocks of {block_size}", device)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .errors import LayoutError, UnsupportedDtypeError
 from .formats import BLOCK_SIZES, NESTED_BLOCK_SIZE, QuantConfig, dynamic_map
+from .reference import check_out
 
 if TYPE_CHECKING:
     from .backends import PackedWeight
@@ -100,12 +101,28 @@ class QuantTensor:
             result.nested_map = dynamic_map().to(weight.device)
         return result
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The weight, of shape `shape` and dtype `dtype` (default: `self.dtype`); computed in fp32, then cast."""
-        dtype = self.dtype if dtype is None else dtype
+    def dequantize(self, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
+        """The weight, of shape `shape`; computed in fp32, then cast.
+
+        Args:
+            dtype: fp32, fp16 or bf16; by default that of `out`, without one `self.dtype`.
+            out: where to write it: a contiguous tensor of shape `shape` and dtype `dtype` on this weight's device,
+                without gradient; returned. A buffer used again saves a large new one's page faults.
+
+        Raises:
+            UnsupportedDtypeError: another dtype, or one that is not `out`'s.
+            LayoutError: `out` has another shape or device, is not contiguous, or requires a gradient.
+        """
+        if dtype is None:
+            dtype = self.dtype if out is None else out.dtype
         if dtype not in _DTYPE_NAMES:
             raise UnsupportedDtypeError(f"dtype is {dtype}; allowed are {', '.join(_DTYPES)}")
-        return _backend(self.packed).dequantize(self.packed_weight(), dtype).reshape(self.shape)
+        weight, backend = self.packed_weight(), _backend(self.packed)
+        if out is None:
+            return backend.dequantize(weight, dtype).reshape(self.shape)
+        check_out(out, self.shape, dtype, self.packed.device)
+        backend.dequantize(weight, dtype, out=out.view(weight.out_features, weight.in_features))
+        return out
 
     def packed_weight(self) -> PackedWeight:
         """The tensors as kernels take them: [out, in], else one row of all elements."""

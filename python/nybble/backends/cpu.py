@@ -78,11 +78,20 @@ def dequantize_4bit(
     return dequantize(weight, dtype).reshape(tuple(shape))
 
 
-def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight [out_features, in_features] in `dtype`, its scales decoded inside the kernel."""
+def dequantize(weight: PackedWeight, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """The weight [out_features, in_features] in `dtype`, its scales decoded inside the kernel.
+
+    Written to `out` if that is given (see `nybble.reference.check_out`), which is then returned.
+    """
     weight.check()
     reference.check_output_dtype(dtype)
-    out = torch.empty(weight.out_features, weight.in_features, dtype=dtype, device=_CPU)
+    shape = (weight.out_features, weight.in_features)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=_CPU)
+    else:
+        reference.check_out(out, shape, dtype, _CPU)
+        if not out.is_inference():
+            torch.autograd.graph.increment_version(out)  # as any write by torch does, so that autograd can tell
     if weight.codebook is None:
         _core.dequantize_int8(
             weight.packed.data_ptr(),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..reference import (
+    check_out,
     dequantize_4bit,
     dequantize_8bit,
     dequantize_int8,
@@ -33,8 +34,15 @@ __all__ = [
 ]
 
 
-def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The weight [out_features, in_features] in `dtype`."""
+def dequantize(weight: PackedWeight, dtype: torch.dtype, *, out: Tensor | None = None) -> Tensor:
+    """The weight [out_features, in_features] in `dtype`; written to `out` if that is given, which is then returned."""
+    if out is None:
+        return _dequantize(weight, dtype)
+    check_out(out, (weight.out_features, weight.in_features), dtype, weight.packed.device)
+    return out.copy_(_dequantize(weight, dtype))
+
+
+def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     absmax = weight.absmax
     if weight.codebook is None:
         return dequantize_int8(weight.packed.view(weight.out_features, weight.in_features), as_float(absmax), dtype)

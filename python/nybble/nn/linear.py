@@ -197,9 +197,9 @@ class QuantLinear(nn.Module):
             nested_block_size=self.nested_block_size,
         )
 
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+    def dequantize(self, dtype: torch.dtype | None = None, *, out: Tensor | None = None) -> Tensor:
         """The weight [out_features, in_features] in `dtype` (default: the original weight's)."""
-        return self.quant_tensor().dequantize(dtype)
+        return self.quant_tensor().dequantize(dtype, out=out)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features] in x's dtype; computes in x's dtype or better."""
