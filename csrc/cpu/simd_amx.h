@@ -75,12 +75,6 @@ static inline void multiply_tiles(const char* left, int64_t left_stride, const c
   }
 }
 
-#ifndef HAVE_GATHER
-static inline F32 gather(const float* table, I32 index) { return _mm512_i32gather_ps(index, table, 4); }
-static inline I32 load_bytes(const uint8_t* p) {
-  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
-#endif
 static inline __m512i lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 
 // ---- filling tiles --------------------------------------------------------------------------------------------------
