@@ -193,10 +193,12 @@ class WeightHandle {
   Weight weight;
 };
 
+// Problems of fewer multiplications keep the GIL and take one thread: starting a second one costs about 1 us, and pays
+// from 256 x 256 weights on (M = 1, one thread 5.3 us, two 5.0; 128 x 128: 1.9 and 2.9; Sapphire Rapids class).
+constexpr int64_t kSmallProblem = int64_t{1} << 16;
+
 // `linear` is called for every layer of every token, so it is a plain CPython function: pybind11's dispatch of 16
-// arguments takes 0.35 us, a third of a whole call with a 64 x 64 weight. Problems of fewer multiplications than this
-// take less than what giving the GIL away and taking it back may cost.
-constexpr int64_t kWorthReleasing = int64_t{1} << 16;
+// arguments takes 0.3 us more, as much as a third of the kernel's time with a 64 x 64 weight.
 
 // One Python integer after the other; what is none leaves a Python exception set.
 class Integers {
@@ -244,7 +246,8 @@ void linear(const WeightHandle& handle, Integers integers) {
   raise_unless_ok(check(args));
   const cpu::Choice choice = cpu::choose_linear(table, args);
   Status status;
-  if (args.weight.rows * args.weight.cols < kWorthReleasing / (args.m + 1)) {
+  if (args.weight.rows * args.weight.cols < kSmallProblem / (args.m > 0 ? args.m : 1)) {
+    args.threads = 1;
     status = choice.run(args);
   } else {
     py::gil_scoped_release released;

@@ -22,7 +22,7 @@ class Explanation:
         operation: "forward" or "grad_input". out_features, in_features, m: sizes; m is the number of rows of x.
         dtype, device: of x. format: of the weight.
         kernel: the kernel's name in the core. isa: instruction set. compute: what is multiplied and accumulated.
-        reason: why this one. threads: torch's thread count, which the kernel takes.
+        reason: why this one. threads: torch's thread count, of which small problems take one.
     """
 
     operation: str
