@@ -197,9 +197,6 @@ class WeightHandle {
 // from 256 x 256 weights on (M = 1, one thread 5.3 us, two 5.0; 128 x 128: 1.9 and 2.9; Sapphire Rapids class).
 constexpr int64_t kSmallProblem = int64_t{1} << 16;
 
-// `linear` is called for every layer of every token, so it is a plain CPython function: pybind11's dispatch of 16
-// arguments takes 0.3 us more, as much as a third of the kernel's time with a 64 x 64 weight.
-
 // One Python integer after the other; what is none leaves a Python exception set.
 class Integers {
  public:
@@ -256,6 +253,8 @@ void linear(const WeightHandle& handle, Integers integers) {
   raise_unless_ok(status);
 }
 
+// `linear` is called for every layer of every token, so it is a plain CPython function: pybind11's dispatch of 16
+// arguments takes 0.3 us more, as much as a third of the kernel's time with a 64 x 64 weight.
 PyObject* linear_call(PyObject*, PyObject* const* args, Py_ssize_t count) {
   try {
     if (count != kLinearArguments) {
