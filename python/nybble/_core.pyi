@@ -73,6 +73,7 @@ def linear(
     bias_dtype: int,
     out: int,
     threads: int,
+    /,
 ) -> None: ...
 def explain_linear(
     rows: int, cols: int, m: int, dtype: int, int8: bool, grad_input: bool, compute: int

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from . import cpu, portable
-from .weight import PackedWeight
+from .weight import BoundWeight, PackedWeight
 
-__all__ = ["PackedWeight", "cpu", "of", "portable"]
+__all__ = ["BoundWeight", "PackedWeight", "cpu", "of", "portable"]
 
 
 def of(tensor_or_device: Tensor | torch.device | str) -> ModuleType:
     """The module whose kernels serve this device."""
+    if isinstance(tensor_or_device, Tensor) and tensor_or_device.is_cpu:
+        return cpu
     device = tensor_or_device.device if isinstance(tensor_or_device, Tensor) else torch.device(tensor_or_device)
     return cpu if device.type == "cpu" else portable

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _core, reference  # after torch: the core shares its OpenMP runtime
 from ..errors import FormatError, LayoutError
 from ..formats import NESTED_BLOCK_SIZE, check_block_size, dynamic_map
-from .weight import PackedWeight
+from .weight import BoundWeight, PackedWeight
 
 #: The core's codes of the dtypes that it computes with.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -22,7 +22,7 @@ _CPU = torch.device("cpu")
 
 def _values(x: Tensor) -> Tensor:
     """`x` as its address says: contiguous, and with a lazy negation carried out."""
-    return x.detach().resolve_neg().contiguous()
+    return x if x.is_contiguous() and not x.is_neg() else x.detach().resolve_neg().contiguous()
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -216,23 +216,34 @@ def linear(
     Arguments have been checked (`nybble.ops.check_args`).
 
     Args:
-        x: [..., in_features], fp32, fp16 or bf16.
+        x: [..., in_features], fp32, fp16 or bf16. Where weight.compute is 1, each row is rounded to int8
+            (`nybble.reference.linear_int8_activations`).
         bias: [out_features]. side: [..., R]. side_weight: [out_features, R].
 
     Returns:
         [..., out_features] in x's dtype. bf16 is multiplied as bf16 with fp32 accumulation where the ISA can,
         else, like fp16 and fp32, in fp32.
     """
-    out = torch.empty(*x.shape[:-1], weight.out_features, dtype=x.dtype, device=_CPU)
+    out = _output(x, weight.out_features)
     _run(x, weight, bias, side, side_weight, out, False)
     return out
 
 
 def grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weight: Tensor | None) -> Tensor:
     """g W + side side_weight in g's dtype; g [..., out_features], side [..., R], side_weight [R, in_features]."""
-    out = torch.empty(*g.shape[:-1], weight.in_features, dtype=g.dtype, device=_CPU)
+    out = _output(g, weight.in_features)
     _run(g, weight, None, side, side_weight, out, True)
     return out
+
+
+def _output(x: Tensor, columns: int) -> Tensor:
+    """Memory for [..., columns] like x, by the cheapest call: 0.7 us, where torch.empty takes 1.0 to 1.4."""
+    shape = x.shape
+    if columns and len(shape) == 2:
+        return x.new_empty_strided((shape[0], columns), (columns, 1))
+    if columns and len(shape) == 3 and shape[1]:
+        return x.new_empty_strided((shape[0], shape[1], columns), (shape[1] * columns, columns, 1))
+    return x.new_empty(*shape[:-1], columns)
 
 
 def _run(
@@ -244,45 +255,73 @@ def _run(
     out: Tensor,
     grad_input: bool,
 ) -> None:
-    # Kept alive by these names until the kernel has returned.
-    x = _rows(x)
-    bias = None if bias is None else _values(bias)
-    side = None if side is None else _values(side)
-    side_weight = None if side_weight is None else _values(side_weight)
-    if weight.codebook is None:
-        handle = _core.Weight.int8_rows(
-            weight.packed.data_ptr(), weight.absmax.data_ptr(), weight.out_features, weight.in_features
-        )
+    shape = x.shape
+    # Whatever is replaced here by a copy is kept alive by its name until the kernel has returned.
+    if x.is_contiguous() and not x.is_neg():
+        stride = shape[-1]
+        m = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
     else:
-        handle = _core.Weight.four_bit(
-            weight.packed.data_ptr(),
-            weight.absmax.data_ptr(),
-            _address(weight.nested_absmax),
-            _address(weight.nested_map),
-            _address(weight.nested_offset),
-            weight.nested_block_size,
-            weight.codebook.data_ptr(),
-            weight.block_size,
-            weight.out_features,
-            weight.in_features,
-        )
+        x = _rows(x)
+        m, stride = x.shape[0], x.stride(0)
+    bias_address = bias_code = side_address = side_code = right_address = right_code = rank = 0
+    if bias is not None:
+        bias = _values(bias)
+        bias_address, bias_code = bias.data_ptr(), DTYPE_CODES[bias.dtype]
+    if side is not None and side_weight is not None:
+        side, side_weight, rank = _values(side), _values(side_weight), side.shape[-1]
+        side_address, side_code = side.data_ptr(), DTYPE_CODES[side.dtype]
+        right_address, right_code = side_weight.data_ptr(), DTYPE_CODES[side_weight.dtype]
     _core.linear(
-        handle,
+        _handle(weight),
         grad_input,
-        0,
+        0 if grad_input else weight.compute,
         x.data_ptr(),
-        x.stride(0),
-        x.shape[0],
+        stride,
+        m,
         DTYPE_CODES[x.dtype],
-        _address(side),
-        _code(side),
-        _address(side_weight),
-        _code(side_weight),
-        0 if side is None else side.shape[-1],
-        _address(bias),
-        _code(bias),
+        side_address,
+        side_code,
+        right_address,
+        right_code,
+        rank,
+        bias_address,
+        bias_code,
         out.data_ptr(),
         torch.get_num_threads(),
+    )
+
+
+def _handle(weight: PackedWeight) -> _core.Weight:
+    """The core's handle to a checked weight; a BoundWeight is checked again when one of its tensors has moved."""
+    if not isinstance(weight, BoundWeight):
+        return _new_handle(weight)
+    handle, places = weight.bound
+    for data_ptr, address in places:
+        if data_ptr() != address:
+            handle = None
+    if handle is None:
+        weight.check()
+        handle = _new_handle(weight)
+        weight.bound = handle, [(t.data_ptr, t.data_ptr()) for t in weight[:6] if t is not None]
+    return handle
+
+
+def _new_handle(weight: PackedWeight) -> _core.Weight:
+    if weight.codebook is None:
+        return _core.Weight.int8_rows(
+            weight.packed.data_ptr(), weight.absmax.data_ptr(), weight.out_features, weight.in_features
+        )
+    return _core.Weight.four_bit(
+        weight.packed.data_ptr(),
+        weight.absmax.data_ptr(),
+        _address(weight.nested_absmax),
+        _address(weight.nested_map),
+        _address(weight.nested_offset),
+        weight.nested_block_size,
+        weight.codebook.data_ptr(),
+        weight.block_size,
+        weight.out_features,
+        weight.in_features,
     )
 
 
@@ -290,12 +329,9 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _code(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else DTYPE_CODES[tensor.dtype]
-
-
 def explain_linear(
-    out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool
+    out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool, compute: int = 0
 ) -> dict[str, str]:
     """Which kernel `linear` (or `grad_input`) would run, and why: kernel, isa, compute, reason."""
-    return _core.explain_linear(out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input, 0)
+    compute = 0 if grad_input else compute
+    return _core.explain_linear(out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input, compute)

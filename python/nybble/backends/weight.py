@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import LayoutError, UnsupportedDtypeError
 
+#: The core's codes of what activations are multiplied in, by the name that `QuantConfig.compute` has.
+COMPUTES: dict[str | None, int] = {None: 0, "int8": 1}
+
 #: fp32 values may also be held as their int32 bit patterns, which no `.to(dtype)` or mixed-precision policy rounds.
 _FLOAT_BITS = (torch.float32, torch.int32)
+
+#: Tensors that nobody has taught to do something else.
+PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class PackedWeight(NamedTuple):
@@ -23,6 +30,7 @@ class PackedWeight(NamedTuple):
         nested_absmax, nested_map, nested_offset: fp32 or bits [ceil(nb / nested_block_size)], [256], [1]; None when
             the scales are plain.
         out_features, in_features, block_size, nested_block_size: sizes; block_size is 0 for int8.
+        compute: one of `COMPUTES`: 0, activations keep their precision; 1, `linear` rounds each row of x to int8.
     """
 
     packed: Tensor
@@ -35,6 +43,7 @@ class PackedWeight(NamedTuple):
     in_features: int
     block_size: int
     nested_block_size: int
+    compute: int = 0
 
     @property
     def is_int8(self) -> bool:
@@ -43,6 +52,8 @@ class PackedWeight(NamedTuple):
 
     def check(self) -> None:
         """Raises LayoutError or UnsupportedDtypeError unless each tensor has the size and dtype that kernels read."""
+        if self.compute not in (0, 1):
+            raise LayoutError(f"compute is {self.compute}; allowed are 0 (native) and 1 (int8 activations)")
         count = self.out_features * self.in_features
         for name, tensor in zip(self._fields[1:6], self[1:6], strict=True):
             if tensor is not None and tensor.device != self.packed.device:
@@ -65,6 +76,24 @@ class PackedWeight(NamedTuple):
         _expect("nested_absmax", self.nested_absmax, _FLOAT_BITS, -(-blocks // self.nested_block_size))
         _expect("nested_map", self.nested_map, _FLOAT_BITS, 256)
         _expect("nested_offset", self.nested_offset, _FLOAT_BITS, 1)
+
+
+class BoundWeight(PackedWeight):
+    """A PackedWeight of plain CPU tensors that also keeps the core's handle to their addresses.
+
+    The handle is made at the first call, after a full `check`, and again whenever one of the tensors has moved
+    (`.data =`, share_memory, a resized storage): addresses are compared in every call. All of it can be derived from
+    the tensors, so it is never copied or saved. One attribute holds it, which threads read and replace as a whole.
+    """
+
+    #: The core's handle, and what to compare: each tensor's data_ptr and what it returned when the handle was made.
+    bound: tuple[Any, list[tuple[Callable[[], int], int]]] = (None, [])
+
+    @classmethod
+    def of(cls, weight: PackedWeight) -> PackedWeight:
+        """`weight` as a BoundWeight, or as it is if its tensors are of a subclass or on another device."""
+        plain = all(t is None or (type(t) in PLAIN and t.is_cpu) for t in weight[:6])
+        return cls(*weight) if plain else weight
 
 
 def as_float(bits: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..backends import PackedWeight
-from ..backends.weight import as_float
+from ..backends import BoundWeight, PackedWeight
+from ..backends.weight import COMPUTES, as_float
 from ..errors import LayoutError, UnsupportedDtypeError
 from ..formats import NESTED_BLOCK_SIZE, QuantConfig
 from ..tensor import QuantTensor
@@ -55,6 +55,8 @@ class QuantLinear(nn.Module):
     nested_map: Tensor | None
     nested_offset: Tensor | None
     bias: nn.Parameter | None
+
+    _kept: tuple[QuantConfig | None, Any] = (None, None)  # see `operands`
 
     def __init__(self, in_features: int, out_features: int, config: QuantConfig | None = None) -> None:
         """An empty layer (no weight yet); use `from_linear`, `from_quant_tensor` or `empty`."""
@@ -173,7 +175,44 @@ class QuantLinear(nn.Module):
             self.in_features,
             self.config.block_size if self.codebook is not None else 0,
             self.nested_block_size,
+            COMPUTES[self.config.compute],
         )
+
+    def operands(self) -> tuple[PackedWeight, Tensor | None]:
+        """packed_weight() and the bias, by the shortest way: asking an nn.Module for a parameter takes 0.5 us.
+
+        The packed weight is kept for as long as this layer's tensors and configuration are the very same objects; what
+        it derives from their addresses, it checks in every call (`BoundWeight`).
+        """
+        if torch.compiler.is_compiling():
+            return self.packed_weight(), self.bias
+        try:
+            parameters, buffers = self._parameters, self._buffers
+            weight: PackedWeight
+            config, weight = self._kept
+            if (
+                config is self.config
+                and parameters["weight"] is weight[0]
+                and parameters["absmax"] is weight[1]
+                and buffers["codebook"] is weight[2]
+                and parameters["nested_absmax"] is weight[3]
+                and buffers["nested_map"] is weight[4]
+                and buffers["nested_offset"] is weight[5]
+            ):
+                return weight, parameters["bias"]
+        except KeyError:  # a parametrized tensor: it is computed anew in every call
+            return self.packed_weight(), self.bias
+        weight = BoundWeight.of(self.packed_weight())
+        self.__dict__["_kept"] = self.config, weight
+        return weight, self.bias
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: everything but what is derived."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantLinear:
+        self.__dict__.pop("_kept", None)  # or the tensors from before a move would live on until the next call
+        return super()._apply(fn, recurse)
 
     def quant_tensor(self) -> QuantTensor:
         """The weight as a QuantTensor of views: no copy."""
@@ -202,15 +241,17 @@ class QuantLinear(nn.Module):
         return self.quant_tensor().dequantize(dtype, out=out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features] in x's dtype; computes in x's dtype or better."""
-        return ops.linear(x, self.packed_weight(), self.bias)
+        """x [..., in_features] -> [..., out_features] in x's dtype, in which it computes or better (config.compute)."""
+        weight, bias = self.operands()
+        return ops.linear(x, weight, bias)
 
     def extra_repr(self) -> str:
         scales = ", double_quant" if self.nested_absmax is not None else ""
         blocks = f", block_size={self.config.block_size}" if self.config.is_4bit else ""
+        compute = "" if self.config.compute is None else f", compute={self.config.compute}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.config.format_name}{blocks}{scales}"
+            f"format={self.config.format_name}{blocks}{scales}{compute}"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -291,7 +332,7 @@ def _cloned(tensor: QuantTensor) -> QuantTensor:
 def _describe(tensor: QuantTensor, config: QuantConfig) -> QuantConfig:
     """`config` if it describes the tensor's layout, else one that does."""
     if tensor.codebook is None:
-        return config if not config.is_4bit else QuantConfig(format="int8", double_quant=False)
+        return config if not config.is_4bit else QuantConfig(format="int8", double_quant=False, compute=config.compute)
     same = (
         config.format_name == tensor.format != "custom"
         and config.block_size == tensor.block_size

@@ -122,13 +122,14 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] -> [..., out_features]."""
         drops = self.training and self.dropout > 0.0
-        if isinstance(self.base, QuantLinear):
-            weight = self.base.packed_weight()
+        base = self.base
+        if isinstance(base, QuantLinear):
+            weight, bias = base.operands()
             if not drops:
-                return ops.lora_linear(x, weight, self.base.bias, self.lora_A, self.lora_B, self.scaling)
+                return ops.lora_linear(x, weight, bias, self.lora_A, self.lora_B, self.scaling)
             # Dropout is on the update's input alone, so its gradient reaches x by a path of its own.
-            return ops.linear(x, weight, self.base.bias, self._side(x), self.lora_B)
-        return self.base(x) + functional.linear(self._side(x), self._cast(self.lora_B, x))
+            return ops.linear(x, weight, bias, self._side(x), self.lora_B)
+        return base(x) + functional.linear(self._side(x), self._cast(self.lora_B, x))
 
     def _side(self, x: Tensor) -> Tensor:
         dropped = functional.dropout(x, self.dropout, self.training)
