@@ -2,7 +2,7 @@
 // lines here, and nothing from the C++ standard library. What each one does: simd_avx512.h says, name by name.
 
 constexpr int kLanes = 4;
-constexpr int kTileRows = 6;  // 6 x 4 accumulators + 4 operands + 1 broadcast of the 32 registers
+constexpr int kTileRows = 5;  // 5 x 4 accumulators + 4 operands + 5 of x of the 32 registers; with 6 GCC spills two
 constexpr int kTileVectors = 4;
 constexpr int kSmallRows = 2;
 
@@ -63,23 +63,25 @@ static inline I32 max_magnitude(I32 so_far, F32 v) {
 }
 static inline uint32_t reduce_max(I32 v) { return vmaxvq_u32(v); }
 
+// The 64 bytes of the table in four registers, which one instruction looks up: entry i lies at 4 i + {0, 1, 2, 3}.
 struct Table {
-  float32x4_t part[4];
+  uint8x16x4_t bytes;
 };
 static inline Table load_table(const float* codes) {
-  return {{vld1q_f32(codes), vld1q_f32(codes + 4), vld1q_f32(codes + 8), vld1q_f32(codes + 12)}};
+  return {{{vreinterpretq_u8_f32(vld1q_f32(codes)), vreinterpretq_u8_f32(vld1q_f32(codes + 4)),
+            vreinterpretq_u8_f32(vld1q_f32(codes + 8)), vreinterpretq_u8_f32(vld1q_f32(codes + 12))}}};
+}
+static inline uint8x16_t scale_part(uint8x16_t part, float by) {
+  return vreinterpretq_u8_f32(vmulq_n_f32(vreinterpretq_f32_u8(part), by));
 }
 static inline Table scale(Table table, float by) {
-  return {{vmulq_n_f32(table.part[0], by), vmulq_n_f32(table.part[1], by), vmulq_n_f32(table.part[2], by),
-           vmulq_n_f32(table.part[3], by)}};
+  return {{{scale_part(table.bytes.val[0], by), scale_part(table.bytes.val[1], by), scale_part(table.bytes.val[2], by),
+            scale_part(table.bytes.val[3], by)}}};
 }
-// The table's 64 bytes are four registers, which one instruction looks up: an entry's bytes lie at 4 i + {0, 1, 2, 3}.
-static inline F32 lookup(Table table, I32 index) {
-  const uint8x16x4_t bytes = {{vreinterpretq_u8_f32(table.part[0]), vreinterpretq_u8_f32(table.part[1]),
-                               vreinterpretq_u8_f32(table.part[2]), vreinterpretq_u8_f32(table.part[3])}};
+static inline F32 lookup(const Table& table, I32 index) {
   const uint32x4_t entry = vandq_u32(index, vdupq_n_u32(15));
   const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100), entry, vdupq_n_u32(0x04040404));
-  return vreinterpretq_f32_u8(vqtbl4q_u8(bytes, vreinterpretq_u8_u32(at)));
+  return vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, vreinterpretq_u8_u32(at)));
 }
 static inline I32 offset(I32 index, int by) { return vaddq_u32(index, vdupq_n_u32(static_cast<uint32_t>(by))); }
 static inline I32 advance_where_greater(I32 index, F32 a, F32 b, int by) {
@@ -117,13 +119,13 @@ static inline void store_words(uint8_t* p, uint8x16_t low, uint8x16_t high) {
 }
 // By byte planes: four lookups and eight interleavings make 16 floats, where 16 lanes of lookup() would take 20
 // operations, four of them of the slow kind that reads four registers.
-static inline void decode(const uint8_t* p, Table table, float* out) {
-  const uint16x8_t a = vreinterpretq_u16_f32(table.part[0]), b = vreinterpretq_u16_f32(table.part[1]);
-  const uint16x8_t c = vreinterpretq_u16_f32(table.part[2]), d = vreinterpretq_u16_f32(table.part[3]);
-  const uint8x16_t low_a = vreinterpretq_u8_u16(vuzp1q_u16(a, b)), low_b = vreinterpretq_u8_u16(vuzp1q_u16(c, d));
-  const uint8x16_t high_a = vreinterpretq_u8_u16(vuzp2q_u16(a, b)), high_b = vreinterpretq_u8_u16(vuzp2q_u16(c, d));
-  const uint8x16_t plane[4] = {vuzp1q_u8(low_a, low_b), vuzp2q_u8(low_a, low_b), vuzp1q_u8(high_a, high_b),
-                               vuzp2q_u8(high_a, high_b)};
+static inline void decode(const uint8_t* p, const Table& table, float* out) {
+  const uint8x16_t even_a = vuzp1q_u8(table.bytes.val[0], table.bytes.val[1]);
+  const uint8x16_t even_b = vuzp1q_u8(table.bytes.val[2], table.bytes.val[3]);
+  const uint8x16_t odd_a = vuzp2q_u8(table.bytes.val[0], table.bytes.val[1]);
+  const uint8x16_t odd_b = vuzp2q_u8(table.bytes.val[2], table.bytes.val[3]);
+  const uint8x16_t plane[4] = {vuzp1q_u8(even_a, even_b), vuzp1q_u8(odd_a, odd_b), vuzp2q_u8(even_a, even_b),
+                               vuzp2q_u8(odd_a, odd_b)};
   uint8x16_t index[2];
   split_nibbles(p, &index[0], &index[1]);
   for (int i = 0; i < 2; ++i, out += 16) {
@@ -172,7 +174,7 @@ static inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t
 // (off by up to 2^-23 of its result, twice as far as to nearest) and never to infinity; denormals count as zero, in and
 // out. A term passes through one addition of its pair and one for each pair that follows.
 static inline F32 dot_pairs(F32 acc, uint32_t pair, F32 pairs) {
-  return vbfdotq_f32(acc, vreinterpretq_bf16_u32(vdupq_n_u32(pair)), vreinterpretq_bf16_f32(pairs));
+  return vbfdotq_lane_f32(acc, vreinterpretq_bf16_f32(pairs), vreinterpret_bf16_u64(vcreate_u64(pair)), 0);
 }
 static inline void interleave(const Bf16* first, const Bf16* second, uint32_t* pairs) {
   const uint16x4_t a = vld1_u16(&first->bits), b = vld1_u16(&second->bits);

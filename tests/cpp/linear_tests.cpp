@@ -249,8 +249,8 @@ Expected expected(const Problem& problem, bool pairs) {
       if (args.bias != nullptr) add(problem.bias.exact[static_cast<size_t>(column)], 1.0);
       double bound = (gamma_of(n, 0x1p-24) + gamma_of(n, 0x1p-53)) * size + 3.0 * n * (pairs ? 0x1p-126 : 0x1p-150);
       if (pairs) bound += 0x1p-126 * factors;
-      // code * scale may underflow too, which the other factor multiplies.
-      bound += 0x1p-149 * factors;
+      // A decoded weight may underflow too, which x multiplies: code * scale, or the absmax / 127 that q multiplies.
+      bound += (args.weight.is_int8() ? 128.0 : 1.0) * 0x1p-150 * factors;
       bound += unit_roundoff(args.dtype) * (std::fabs(exact) + bound) + smallest_error(args.dtype);
       result.exact.push_back(exact);
       result.bound.push_back(bound);
