@@ -190,7 +190,9 @@ void make(Random& random, Problem* problem) {
   args.grad_input = random.one_in(3);
   args.dtype = random.pick(kDTypes);
   const bool wide = random.one_in(4);  // several tiles of columns, so that threads have something to share
-  const int64_t contraction = random_size(random, !wide), columns = random_size(random, wide);
+  int64_t contraction = random_size(random, !wide);
+  const int64_t columns = random_size(random, wide);
+  if (!args.grad_input && args.m <= kSmallM && !random.one_in(4)) contraction += contraction % 2;  // what small M takes
   args.weight.rows = args.grad_input ? contraction : columns;
   args.weight.cols = args.grad_input ? columns : contraction;
   const Scales scales = random_scales(random, args.dtype);
