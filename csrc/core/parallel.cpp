@@ -9,6 +9,9 @@
 #ifdef _WIN32
 #include <malloc.h>
 #endif
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace nybble {
 
@@ -92,6 +95,11 @@ void* scratch(Slot slot, size_t bytes) {
     if (arena.memory[index] == nullptr) return nullptr;
     arena.size[index] = bytes;
   }
+#ifdef __SANITIZE_ADDRESS__
+  // What an earlier call left behind this one's bytes is as much outside as any other memory.
+  ASAN_UNPOISON_MEMORY_REGION(arena.memory[index], bytes);
+  ASAN_POISON_MEMORY_REGION(static_cast<char*>(arena.memory[index]) + bytes, arena.size[index] - bytes);
+#endif
   return arena.memory[index];
 }
 

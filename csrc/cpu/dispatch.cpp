@@ -18,6 +18,13 @@
 #include <unistd.h>
 #endif
 #endif
+#if NYBBLE_ARM64_BF16
+#if defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__APPLE__)
+#include <sys/sysctl.h>
+#endif
+#endif
 
 namespace nybble::cpu {
 
@@ -93,6 +100,21 @@ bool is_intel() {
 }
 #endif
 
+#if NYBBLE_ARM64_BF16
+bool has_neonbf16() {
+#if defined(__linux__)
+  constexpr unsigned long kBf16 = 1UL << 14;  // HWCAP2_BF16, which older system headers do not name
+  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+#elif defined(__APPLE__)
+  int present = 0;
+  size_t size = sizeof present;
+  return sysctlbyname("hw.optional.arm.FEAT_BF16", &present, &size, nullptr, 0) == 0 && present != 0;
+#else
+  return false;
+#endif
+}
+#endif
+
 struct Row {
   const KernelTable* table;
   bool (*supported)();
@@ -100,8 +122,14 @@ struct Row {
 
 const Row kRows[] = {
 #if NYBBLE_X86
-    {&amx::kTable, has_amx},       {&avx512bf16::kTable, has_avx512bf16},
-    {&avx512::kTable, has_avx512}, {&avx2::kTable, has_avx2},
+    {&amx::kTable, has_amx},           {&avx512bf16::kTable, has_avx512bf16},
+    {&avx512::kTable, has_avx512},     {&avx2::kTable, has_avx2},
+#endif
+#if NYBBLE_ARM64_BF16
+    {&neonbf16::kTable, has_neonbf16},
+#endif
+#if NYBBLE_ARM64
+    {&neon::kTable, always},
 #endif
     {&scalar::kTable, always},
 };

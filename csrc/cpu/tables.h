@@ -8,6 +8,19 @@
 #define NYBBLE_X86 0
 #endif
 
+#if (defined(__aarch64__) && !defined(__AARCH64EB__)) || defined(_M_ARM64)
+#define NYBBLE_ARM64 1
+#else
+#define NYBBLE_ARM64 0
+#endif
+
+// Compilers before these do not declare BFDOT outside a build that is wholly for machines that have it.
+#if NYBBLE_ARM64 && ((defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && __GNUC__ >= 10))
+#define NYBBLE_ARM64_BF16 1
+#else
+#define NYBBLE_ARM64_BF16 0
+#endif
+
 namespace nybble::cpu {
 
 namespace scalar {
@@ -24,6 +37,14 @@ namespace amx {
 extern const KernelTable kTable;
 }
 namespace avx512bf16 {
+extern const KernelTable kTable;
+}
+#endif
+#if NYBBLE_ARM64
+namespace neon {
+extern const KernelTable kTable;
+}
+namespace neonbf16 {
 extern const KernelTable kTable;
 }
 #endif

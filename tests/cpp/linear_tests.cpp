@@ -1,0 +1,337 @@
+// Linear kernels against a double-precision reference, within the error bound of their accumulation.
+//
+// A sum of n products in any order, each operation rounded with |d| <= u, is off by at most
+//     gamma_n * sum |x_i w_i|,   gamma_n = n u / (1 - n u)
+// because no term passes through more than n roundings (Higham, Accuracy and Stability, 3.1 and 4.2). Here u = 2^-24
+// and n is the contraction and the rank, plus 8: code * scale (one rounding; q * (absmax / 127) has two), a nested
+// scale (two), the bias and a few partial sums. Underflow: each fp32 operation is off by at most 2^-150 more.
+//
+// A panel of bf16 pairs (KernelTable::bf16_dot) rounds code * scale and the side path to bf16, and so does the
+// reference. x86's instruction rounds each of its additions to nearest; Arm's rounds to odd, off by up to 2 u, but a
+// term passes through half as many: one for its pair, one for each pair from there on, (n + 2) / 2 in all, and the
+// bound of n + 8 holds again. Both take denormal operands and results as zero: a product loses at most 2^-126 times its
+// other factor, an addition 2^-126 for each of its numbers.
+//
+// The result is rounded to the output's dtype.
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "core/check.h"
+#include "core/parallel.h"
+#include "numbers.h"
+#include "support.h"
+
+namespace nybble::test {
+
+namespace {
+
+constexpr int64_t kSmallM = 8;
+const std::vector<DType> kDTypes = {DType::f32, DType::f16, DType::bf16};
+
+// One linear operation and the memory that its arguments point into.
+struct Problem {
+  std::string description;
+  LinearArgs args;
+  Values x, left, right, bias;
+  Input packed, codebook, plain, codes, nested, map, offset;
+  std::vector<double> weight;        // [rows, cols], code * scale in double
+  std::vector<float> weight_floats;  // the same in fp32, as a kernel that rounds it to bf16 begins
+
+  double x_at(int64_t row, int64_t i) const { return x.exact[static_cast<size_t>(row * args.x_stride + i)]; }
+};
+
+// Powers of ten of x and of the weight: products and sums stay within fp32, except that fp16 results may not.
+struct Scales {
+  Magnitude x, weight;
+};
+
+Scales random_scales(Random& random, DType dtype) {
+  if (dtype == DType::f16 || !random.one_in(3)) {
+    return random.pick<Scales>({{{0, 0}, {0, 0}}, {{0, 0}, {-2, 0}}, {{-7, 0}, {0, 0}}, {{3, 0}, {0, 1}}});
+  }
+  return random.pick<Scales>({{{0, 9}, {0, 9}},
+                              {{18, 0}, {17, 0}},
+                              {{-39, 0}, {0, 0}},
+                              {{0, 0}, {-39, 0}},
+                              {{-39, 0}, {30, 0}},
+                              {{-20, 1}, {-20, 1}},
+                              {{35, 0}, {-35, 0}},
+                              {{-35, 0}, {35, 0}}});
+}
+
+std::vector<float> as_floats(const std::vector<double>& values) {
+  std::vector<float> floats(values.size());
+  for (size_t i = 0; i < values.size(); ++i) floats[i] = static_cast<float>(values[i]);
+  return floats;
+}
+
+void make_int8_weight(Random& random, Magnitude magnitude, Problem* problem) {
+  Weight& weight = problem->args.weight;
+  weight.int8 = true;
+  std::vector<int8_t> q(static_cast<size_t>(weight.rows * weight.cols));
+  for (int8_t& level : q) level = static_cast<int8_t>(random.between(-127, 127));
+  std::vector<float> absmax = as_floats(random_values(random, weight.rows, magnitude));
+  for (float& scale : absmax) scale = random.one_in(10) ? 0.0F : std::fabs(scale);
+  for (int64_t row = 0; row < weight.rows; ++row) {
+    const float scale = absmax[static_cast<size_t>(row)];
+    for (int64_t i = 0; i < weight.cols; ++i) {
+      const int8_t level = q[static_cast<size_t>(row * weight.cols + i)];
+      problem->weight.push_back(level * static_cast<double>(scale) / 127.0);
+      problem->weight_floats.push_back(static_cast<float>(level) * (scale / 127.0F));
+    }
+  }
+  problem->packed = Input::of(q, random.below(5));
+  problem->plain = Input::of(absmax, random.below(3));
+  weight.rows8 = {problem->packed.as<int8_t>(), problem->plain.as<float>()};
+}
+
+// Scales of blocks, plain or nested; returns what they are, in fp32 as every decoder computes them.
+std::vector<float> make_scales(Random& random, int64_t blocks, Magnitude magnitude, Problem* problem) {
+  BlockScales& scales = problem->args.weight.packed4.scales;
+  if (random.one_in(2)) {
+    const std::vector<float> plain = as_floats(random_values(random, blocks, magnitude));
+    problem->plain = Input::of(plain, random.below(3));
+    scales.plain = problem->plain.as<float>();
+    return plain;
+  }
+  scales.nested_shift = random.one_in(2) ? 8 : static_cast<int>(random.below(3));
+  std::vector<uint8_t> codes(static_cast<size_t>(blocks));
+  for (uint8_t& code : codes) code = static_cast<uint8_t>(random.next());
+  const int64_t groups = divide_up(blocks, int64_t{1} << scales.nested_shift);
+  const std::vector<float> nested = as_floats(random_values(random, groups, magnitude));
+  const std::vector<float> map = as_floats(random_values(random, 256, {0, 0}));
+  const std::vector<float> offset = as_floats(random_values(random, 1, {magnitude.exponent, 0}));
+  problem->codes = Input::of(codes, random.below(5));
+  problem->nested = Input::of(nested, random.below(3));
+  problem->map = Input::of(map, random.below(3));
+  problem->offset = Input::of(offset, random.below(3));
+  scales.codes = problem->codes.as<uint8_t>();
+  scales.nested = problem->nested.as<float>();
+  scales.map = problem->map.as<float>();
+  scales.offset = problem->offset.as<float>();
+  std::vector<float> all(static_cast<size_t>(blocks));
+  for (size_t i = 0; i < all.size(); ++i) {
+    const float product = map[codes[i]] * nested[i >> scales.nested_shift];
+    all[i] = product + offset[0];
+  }
+  return all;
+}
+
+void make_4bit_weight(Random& random, Magnitude magnitude, Problem* problem) {
+  Weight& weight = problem->args.weight;
+  const int64_t count = weight.rows * weight.cols;
+  weight.packed4.block_shift = static_cast<int>(random.one_in(2) ? random.between(5, 6) : random.between(5, 12));
+  std::vector<uint8_t> bytes(static_cast<size_t>((count + 1) / 2));
+  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random.next());
+  std::vector<float> codes(16);
+  for (float& code : codes) code = static_cast<float>(2.0 * random.uniform() - 1.0);
+  const auto scales = make_scales(random, divide_up(count, weight.packed4.block_size()), magnitude, problem);
+  for (int64_t i = 0; i < count; ++i) {
+    const uint8_t byte = bytes[static_cast<size_t>(i / 2)];
+    const float code = codes[i % 2 == 0 ? byte >> 4 : byte & 15];
+    const float scale = scales[static_cast<size_t>(i >> weight.packed4.block_shift)];
+    problem->weight.push_back(static_cast<double>(code) * scale);
+    problem->weight_floats.push_back(code * scale);
+  }
+  problem->packed = Input::of(bytes, random.below(5));
+  problem->codebook = Input::of(codes, random.below(3));
+  weight.packed4.packed = problem->packed.as<uint8_t>();
+  weight.packed4.codebook = problem->codebook.as<float>();
+}
+
+// Rows of x with a gap between them that holds NaN: nothing may be computed from it.
+void make_x(Random& random, Magnitude magnitude, Problem* problem) {
+  LinearArgs& args = problem->args;
+  const int64_t length = args.contraction();
+  args.x_stride = random.one_in(2) ? length : length + random.between(1, 9);
+  if (random.one_in(8)) args.x_stride = random.one_in(2) ? 0 : 1;  // one row many times; rows that overlap
+  const int64_t count = args.m == 0 || length == 0 ? 0 : (args.m - 1) * args.x_stride + length;
+  std::vector<double> values = random_values(random, count, magnitude);
+  for (int64_t i = 0; i < count && args.x_stride > length; ++i) {
+    if (i % args.x_stride >= length) values[static_cast<size_t>(i)] = std::nan("");
+  }
+  problem->x = encode(std::move(values), args.dtype, random.below(9));
+  args.x = problem->x.memory.as<void>();
+}
+
+void make_extras(Random& random, Problem* problem) {
+  LinearArgs& args = problem->args;
+  if (random.one_in(2)) {
+    SidePath& side = args.side;
+    side.rank = random.one_in(2) ? random.pick<int64_t>({1, 2, 8, 16, 31, 33}) : random.between(1, 40);
+    problem->left = encode(random_values(random, args.m * side.rank, {0, 0}), random.pick(kDTypes), random.below(9));
+    problem->right =
+        encode(random_values(random, side.rank * args.columns(), {0, 0}), random.pick(kDTypes), random.below(9));
+    side.left = problem->left.memory.as<void>();
+    side.left_dtype = problem->left.dtype;
+    side.right = problem->right.memory.as<void>();
+    side.right_dtype = problem->right.dtype;
+  }
+  if (!args.grad_input && random.one_in(2)) {
+    problem->bias = encode(random_values(random, args.columns(), {0, 0}), random.pick(kDTypes), random.below(9));
+    args.bias = problem->bias.memory.as<void>();
+    args.bias_dtype = problem->bias.dtype;
+  }
+}
+
+// Around vectors, pairs, tiles of 16 rows and 64 columns, blocks of 64, chunks of 256 and 512.
+int64_t random_size(Random& random, bool long_one) {
+  const std::vector<int64_t> edges = {0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 130};
+  const std::vector<int64_t> far = {192, 255, 256, 257, 320, 511, 512, 513, 514, 640, 1030};
+  if (long_one && random.one_in(3)) return random.pick(far);
+  return random.one_in(2) ? random.pick(edges) : random.between(1, 100);
+}
+
+void make(Random& random, Problem* problem) {
+  LinearArgs& args = problem->args;
+  const std::vector<int64_t> heights = {0, 1, 2, 3, 5, 8, 9, 16, 17, 33, 49};
+  args.m = random.one_in(2) ? random.between(1, kSmallM) : random.pick(heights);
+  args.grad_input = random.one_in(3);
+  args.dtype = random.pick(kDTypes);
+  const bool wide = random.one_in(4);  // several tiles of columns, so that threads have something to share
+  int64_t contraction = random_size(random, !wide);
+  const int64_t columns = random_size(random, wide);
+  if (!args.grad_input && args.m <= kSmallM && !random.one_in(4)) contraction += contraction % 2;  // what small M takes
+  args.weight.rows = args.grad_input ? contraction : columns;
+  args.weight.cols = args.grad_input ? columns : contraction;
+  const Scales scales = random_scales(random, args.dtype);
+  if (random.one_in(4)) {
+    make_int8_weight(random, scales.weight, problem);
+  } else {
+    make_4bit_weight(random, scales.weight, problem);
+  }
+  make_x(random, scales.x, problem);
+  make_extras(random, problem);
+  const Weight& weight = args.weight;
+  const std::string kind = weight.is_int8() ? "int8"
+                                            : format("4-bit, block %lld, %s", (long long)weight.packed4.block_size(),
+                                                     weight.packed4.scales.plain != nullptr ? "plain" : "nested");
+  problem->description = format(
+      "%s m %lld, weight %lld x %lld (%s), %s, x_stride %lld, rank %lld, %s, magnitudes %d and %d",
+      args.grad_input ? "grad_input" : "forward", (long long)args.m, (long long)weight.rows, (long long)weight.cols,
+      kind.c_str(), name_of(args.dtype), (long long)args.x_stride, (long long)args.side.rank,
+      args.bias != nullptr ? "bias" : "no bias", scales.x.exponent, scales.weight.exponent);
+}
+
+// ---- the reference --------------------------------------------------------------------------------------------------
+
+struct Expected {
+  std::vector<double> exact, bound;
+};
+
+double gamma_of(double n, double unit) { return n * unit / (1.0 - n * unit); }
+
+// `pairs`: what is multiplied is rounded to bf16 first.
+Expected expected(const Problem& problem, bool pairs) {
+  const LinearArgs& args = problem.args;
+  const auto operand = [&](double value) { return pairs ? rounded(value, DType::bf16) : value; };
+  std::vector<double> weight = problem.weight;
+  for (size_t i = 0; pairs && i < weight.size(); ++i) weight[i] = operand(problem.weight_floats[i]);
+  const int64_t length = args.contraction(), columns = args.columns(), rank = args.side.rank;
+  const double n = static_cast<double>(length + rank + 8);
+  Expected result;
+  for (int64_t row = 0; row < args.m; ++row) {
+    for (int64_t column = 0; column < columns; ++column) {
+      double exact = 0.0, size = 0.0, factors = 0.0;
+      const auto add = [&](double a, double b) {
+        exact += a * b;
+        size += std::fabs(a * b);
+        factors += std::fabs(a) + std::fabs(b);
+      };
+      for (int64_t i = 0; i < length; ++i) {
+        const int64_t at = args.grad_input ? i * columns + column : column * length + i;
+        add(problem.x_at(row, i), weight[static_cast<size_t>(at)]);
+      }
+      for (int64_t i = 0; i < rank; ++i) {
+        const int64_t at = args.grad_input ? i * columns + column : column * rank + i;
+        add(operand(problem.left.exact[static_cast<size_t>(row * rank + i)]),
+            operand(problem.right.exact[static_cast<size_t>(at)]));
+      }
+      if (args.bias != nullptr) add(problem.bias.exact[static_cast<size_t>(column)], 1.0);
+      double bound = (gamma_of(n, 0x1p-24) + gamma_of(n, 0x1p-53)) * size + 3.0 * n * (pairs ? 0x1p-126 : 0x1p-150);
+      if (pairs) bound += 0x1p-126 * factors;
+      // A decoded weight may underflow too, which x multiplies: code * scale, or the absmax / 127 that q multiplies.
+      bound += (args.weight.is_int8() ? 128.0 : 1.0) * 0x1p-150 * factors;
+      bound += unit_roundoff(args.dtype) * (std::fabs(exact) + bound) + smallest_error(args.dtype);
+      result.exact.push_back(exact);
+      result.bound.push_back(bound);
+    }
+  }
+  return result;
+}
+
+// Empty when every number is right.
+std::string difference(const Problem& problem, const Expected& wanted, const Output& out) {
+  const DType dtype = problem.args.dtype;
+  const int64_t columns = problem.args.columns();
+  for (size_t i = 0; i < wanted.exact.size(); ++i) {
+    const double found = decode(out.bytes() + i * static_cast<size_t>(size_of(dtype)), dtype);
+    const double exact = wanted.exact[i], bound = wanted.bound[i];
+    if (std::fabs(found - exact) <= bound) continue;
+    if (std::isinf(found) && std::copysign(1.0, found) * exact + bound >= largest_finite(dtype)) continue;
+    const auto at = static_cast<int64_t>(i);
+    return format("[%lld, %lld] is %g, expected %g within %g", (long long)(at / columns), (long long)(at % columns),
+                  found, exact, bound);
+  }
+  return "";
+}
+
+// ---- running --------------------------------------------------------------------------------------------------------
+
+// What the calling thread's scratch holds from before must not matter.
+void poison_scratch() {
+  for (int slot = 0; slot < static_cast<int>(Slot::count); ++slot) {
+    constexpr size_t kBytes = size_t{1} << 20;
+    if (void* memory = scratch(static_cast<Slot>(slot), kBytes)) std::memset(memory, 0xFF, kBytes);
+  }
+}
+
+void check_kernel(Run& run, const Problem& problem, const char* isa, const char* kernel,
+                  Status (*function)(const LinearArgs&), const Expected& wanted) {
+  std::unique_ptr<Output> first;
+  for (int threads = 1; threads <= 3; ++threads) {
+    const std::string what = format("%s %s, %d threads: %s", isa, kernel, threads, problem.description.c_str());
+    const int64_t count = problem.args.m * problem.args.columns();
+    auto out = std::make_unique<Output>(count, size_of(problem.args.dtype), threads);
+    LinearArgs args = problem.args;
+    args.out = out->as<void>();
+    args.threads = threads;
+    poison_scratch();
+    const Status status = function(args);
+    if (!status.ok()) return run.report.fail(what, format("fails: %s %lld", status.what, (long long)status.value));
+    if (!out->guards_intact()) run.report.fail(what, "writes outside its output");
+    if (first == nullptr) {
+      const std::string wrong = difference(problem, wanted, *out);
+      if (!wrong.empty()) run.report.fail(what, wrong);
+      first = std::move(out);
+    } else if (!out->same(*first)) {
+      run.report.fail(what, "other bits than one thread");
+    }
+  }
+  run.report.checked(isa);
+}
+
+}  // namespace
+
+void test_linear(Run& run) {
+  for (int64_t index = 0; index < 4 * run.cases; ++index) {
+    Random random(run.seed * 2000003 + static_cast<uint64_t>(index));
+    Problem problem;
+    make(random, &problem);
+    const LinearArgs& args = problem.args;
+    std::vector<float> none(static_cast<size_t>(args.m * args.columns()) + 1);
+    LinearArgs with_out = args;
+    with_out.out = none.data();
+    if (!check(with_out).ok()) run.report.fail(problem.description, "its arguments are refused");
+    const Expected as_given = expected(problem, false), as_pairs = expected(problem, true);
+    const bool small = !args.grad_input && args.m <= kSmallM && (args.weight.is_int8() || args.weight.cols % 2 == 0);
+    for (const KernelTable* table : run.tables) {
+      const bool pairs = table->bf16_dot && args.dtype == DType::bf16;
+      check_kernel(run, problem, table->isa, "linear_panel", table->linear_panel, pairs ? as_pairs : as_given);
+      if (small) check_kernel(run, problem, table->isa, "linear_small_m", table->linear_small_m, as_given);
+    }
+  }
+}
+
+}  // namespace nybble::test
