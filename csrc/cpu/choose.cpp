@@ -16,8 +16,8 @@ struct Kernel {
 };
 
 bool runs_small_m(const LinearArgs& args) {
-  // The kernel holds 8 rows of x; rows of packed bytes must start at a byte.
-  return !args.grad_input && args.m <= 8 && (args.weight.is_int8() || args.weight.cols % 2 == 0);
+  // The kernel holds 8 rows of x; a word of 8 packed elements must lie in one row and one block.
+  return !args.grad_input && args.m <= 8 && (args.weight.is_int8() || args.weight.cols % 8 == 0);
 }
 bool runs_panel(const LinearArgs&) { return true; }
 bool runs_tiles(const LinearArgs& args) { return args.dtype == DType::bf16; }
@@ -80,7 +80,8 @@ Choice choose_linear(const KernelTable& table, const LinearArgs& args) {
   }
   if (args.m > 8) return with(kPanel, table, args, "m > 8: one decode of the weight is shared by all rows of x");
   if (!can_run(kSmallM, table, args)) {
-    return with(kPanel, table, args, "in_features is odd, so rows do not start at a byte");
+    return with(kPanel, table, args,
+                "in_features is no multiple of 8, so rows do not start at a word of packed elements");
   }
   return with(kSmallM, table, args, "few rows of x: bound by reading the weight, decoded in registers");
 }

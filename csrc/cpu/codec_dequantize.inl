@@ -1,5 +1,25 @@
 // Dequantize: 4-bit blocks, 8-bit blocks, int8 rows, each as a source of any run of elements.
 
+// The fp32 scales of `count` blocks from `first` on.
+static void load_scales(const BlockScales& scales, int64_t first, int64_t count, float* out) {
+  if (scales.plain != nullptr) {
+    for (int64_t i = 0; i < count; ++i) out[i] = scales.plain[first + i];
+    return;
+  }
+  for (int64_t done = 0; done < count;) {
+    const int64_t block = first + done;
+    const int64_t run = smaller(count - done, (((block >> scales.nested_shift) + 1) << scales.nested_shift) - block);
+    const float by = scales.nested[block >> scales.nested_shift];
+    int64_t i = 0;
+    for (; i + kLanes <= run; i += kLanes) {
+      const F32 codes = gather(scales.map, load_bytes(scales.codes + block + i));
+      store(out + done + i, add(mul(codes, broadcast(by)), broadcast(*scales.offset)));
+    }
+    for (; i < run; ++i) out[done + i] = scales.map[scales.codes[block + i]] * by + *scales.offset;
+    done += run;
+  }
+}
+
 // codebook * scale, rounded to T: with it a block is decoded by lookups alone.
 template <class T>
 static inline void scaled_codes(const float* codebook, float by, T* codes) {

@@ -123,26 +123,6 @@ static inline Bf16* tile_row(char* tiles, int64_t step, int64_t row) {
   return reinterpret_cast<Bf16*>(tile) + row % kTileSide * kTileDepth;
 }
 
-// The fp32 scales of `count` blocks from `first` on.
-static void load_scales(const BlockScales& scales, int64_t first, int64_t count, float* out) {
-  if (scales.plain != nullptr) {
-    for (int64_t i = 0; i < count; ++i) out[i] = scales.plain[first + i];
-    return;
-  }
-  for (int64_t done = 0; done < count;) {
-    const int64_t block = first + done;
-    const int64_t run = smaller(count - done, (((block >> scales.nested_shift) + 1) << scales.nested_shift) - block);
-    const float by = scales.nested[block >> scales.nested_shift];
-    int64_t i = 0;
-    for (; i + kLanes <= run; i += kLanes) {
-      const F32 codes = gather(scales.map, load_bytes(scales.codes + block + i));
-      store(out + done + i, add(mul(codes, broadcast(by)), broadcast(*scales.offset)));
-    }
-    for (; i < run; ++i) out[done + i] = scales.map[scales.codes[block + i]] * by + *scales.offset;
-    done += run;
-  }
-}
-
 // Forward, a row of W: steps first_step on, from the packed bytes.
 static void decode_row(const WeightRows& source, int64_t row, int64_t place, int64_t first_step, int64_t steps,
                        char* tiles) {

@@ -92,6 +92,12 @@ static inline I32 load_bytes(const uint8_t* p) {
   return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
 }
 static inline F32 gather(const float* table, I32 index) { return _mm256_i32gather_ps(table, index, 4); }
+static inline I32 load_words(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+template <int Bits>
+static inline I32 shift_right(I32 v) {
+  return Bits == 0 ? v : _mm256_srli_epi32(v, Bits);
+}
+static inline F32 spread(const float* p, I32 index) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), index); }
 static inline void store_bytes(uint8_t* p, I32 v) {
   const __m128i words = narrow(v);
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));

@@ -77,6 +77,14 @@ static inline I32 advance_where_greater(I32 index, F32 a, F32 b, int by) {
 static inline I32 load_bytes(const uint8_t* p) {
   return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+// kLanes words of eight packed elements each: element 2 i of a word is nibble 2 i + 1, element 2 i + 1 nibble 2 i.
+static inline I32 load_words(const uint8_t* p) { return _mm512_loadu_si512(p); }
+template <int Bits>
+static inline I32 shift_right(I32 v) {
+  return Bits == 0 ? v : _mm512_srli_epi32(v, Bits);
+}
+// Lane i becomes p[index[i]]; an index is below kLanes, and kLanes floats may be read.
+static inline F32 spread(const float* p, I32 index) { return _mm512_permutexvar_ps(index, _mm512_loadu_ps(p)); }
 static inline void store_bytes(uint8_t* p, I32 v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
 }

@@ -107,11 +107,22 @@ static inline I32 load_bytes(const uint8_t* p) {
   I32 r;
   NYBBLE_LANES(r.lane[i] = p[i]) return r;
 }
+static inline I32 load_words(const uint8_t* p) {
+  I32 r;
+  NYBBLE_LANES(r.lane[i] = p[4 * i] | static_cast<uint32_t>(p[4 * i + 1]) << 8 |
+                           static_cast<uint32_t>(p[4 * i + 2]) << 16 | static_cast<uint32_t>(p[4 * i + 3]) << 24)
+  return r;
+}
+template <int Bits>
+static inline I32 shift_right(I32 v) {
+  NYBBLE_LANES(v.lane[i] >>= Bits) return v;
+}
 static inline void store_bytes(uint8_t* p, I32 v) { NYBBLE_LANES(p[i] = static_cast<uint8_t>(v.lane[i])) }
 static inline F32 gather(const float* table, I32 index) {
   F32 r;
   NYBBLE_LANES(r.lane[i] = table[index.lane[i]]) return r;
 }
+static inline F32 spread(const float* p, I32 index) { return gather(p, index); }
 static inline void load_nibbles(const uint8_t* p, I32* even, I32* odd) {
   NYBBLE_LANES(even->lane[i] = p[i] >> 4; odd->lane[i] = p[i] & 15U)
 }
