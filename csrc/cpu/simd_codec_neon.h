@@ -30,9 +30,6 @@ static inline Thresholds load_thresholds(const float* t) {
 static inline I32 descend(I32 rank, F32 s, F32 threshold) {
   return vsubq_u32(vaddq_u32(rank, rank), vcgtq_f32(s, threshold));
 }
-static inline uint8x16_t bytes_of_entry(I32 index) {
-  return vreinterpretq_u8_u32(vmlaq_u32(vdupq_n_u32(0x03020100), index, vdupq_n_u32(0x04040404)));
-}
 static inline I32 rank_of(F32 s, const Thresholds& t) {
   const uint32x4_t above = vcgtq_f32(s, t.middle);
   I32 rank = descend(vshrq_n_u32(above, 31), s, vbslq_f32(above, t.upper, t.lower));

@@ -78,10 +78,15 @@ static inline Table scale(Table table, float by) {
   return {{{scale_part(table.bytes.val[0], by), scale_part(table.bytes.val[1], by), scale_part(table.bytes.val[2], by),
             scale_part(table.bytes.val[3], by)}}};
 }
+// Where the four bytes of each entry lie.
+static inline uint8x16_t bytes_of_entry(I32 index) {
+  return vreinterpretq_u8_u32(vmlaq_u32(vdupq_n_u32(0x03020100), index, vdupq_n_u32(0x04040404)));
+}
 static inline F32 lookup(const Table& table, I32 index) {
-  const uint32x4_t entry = vandq_u32(index, vdupq_n_u32(15));
-  const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100), entry, vdupq_n_u32(0x04040404));
-  return vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, vreinterpretq_u8_u32(at)));
+  return vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, bytes_of_entry(vandq_u32(index, vdupq_n_u32(15)))));
+}
+static inline F32 spread(const float* p, I32 index) {
+  return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(vld1q_f32(p)), bytes_of_entry(index)));
 }
 static inline I32 offset(I32 index, int by) { return vaddq_u32(index, vdupq_n_u32(static_cast<uint32_t>(by))); }
 static inline I32 times_16(I32 index) { return vshlq_n_u32(index, 4); }
@@ -89,6 +94,16 @@ static inline I32 advance_where_greater(I32 index, F32 a, F32 b, int by) {
   return vaddq_u32(index, vandq_u32(vcgtq_f32(a, b), vdupq_n_u32(static_cast<uint32_t>(by))));
 }
 static inline I32 load_bytes(const uint8_t* p) { return vmovl_u16(vget_low_u16(vmovl_u8(four_bytes(p)))); }
+static inline I32 load_words(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
+// The instruction takes 1 to 32.
+template <int Bits>
+static inline I32 shift_right(I32 v) {
+  if constexpr (Bits == 0) {
+    return v;
+  } else {
+    return vshrq_n_u32(v, Bits);
+  }
+}
 static inline F32 gather(const float* table, I32 index) {
   const float lanes[4] = {table[vgetq_lane_u32(index, 0)], table[vgetq_lane_u32(index, 1)],
                           table[vgetq_lane_u32(index, 2)], table[vgetq_lane_u32(index, 3)]};
