@@ -28,7 +28,7 @@ static inline void prefetch(const void* p) {
 }
 
 // Four bytes, wherever they lie.
-static inline uint8x8_t load_bytes(const void* p) {
+static inline uint8x8_t four_bytes(const void* p) {
   uint32_t bytes;
   memcpy(&bytes, p, sizeof bytes);
   return vreinterpret_u8_u32(vdup_n_u32(bytes));
@@ -40,7 +40,7 @@ static inline void store_low_bytes(void* p, uint8x8_t v) {
 static inline F32 load(const Bf16* p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16)); }
 static inline F32 load(const F16* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits))); }
 static inline F32 load(const int8_t* p) {
-  const int16x8_t words = vmovl_s8(vreinterpret_s8_u8(load_bytes(p)));
+  const int16x8_t words = vmovl_s8(vreinterpret_s8_u8(four_bytes(p)));
   return vcvtq_f32_s32(vmovl_s16(vget_low_s16(words)));
 }
 // In integers: the BF16 instructions are an extension.
@@ -78,21 +78,43 @@ static inline Table scale(Table table, float by) {
   return {{{scale_part(table.bytes.val[0], by), scale_part(table.bytes.val[1], by), scale_part(table.bytes.val[2], by),
             scale_part(table.bytes.val[3], by)}}};
 }
+// Where the four bytes of each entry lie.
+static inline uint8x16_t bytes_of_entry(I32 index) {
+  return vreinterpretq_u8_u32(vmlaq_u32(vdupq_n_u32(0x03020100), index, vdupq_n_u32(0x04040404)));
+}
 static inline F32 lookup(const Table& table, I32 index) {
-  const uint32x4_t entry = vandq_u32(index, vdupq_n_u32(15));
-  const uint32x4_t at = vmlaq_u32(vdupq_n_u32(0x03020100), entry, vdupq_n_u32(0x04040404));
-  return vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, vreinterpretq_u8_u32(at)));
+  return vreinterpretq_f32_u8(vqtbl4q_u8(table.bytes, bytes_of_entry(vandq_u32(index, vdupq_n_u32(15)))));
+}
+static inline F32 spread(const float* p, I32 index) {
+  return vreinterpretq_f32_u8(vqtbl1q_u8(vreinterpretq_u8_f32(vld1q_f32(p)), bytes_of_entry(index)));
 }
 static inline I32 offset(I32 index, int by) { return vaddq_u32(index, vdupq_n_u32(static_cast<uint32_t>(by))); }
+static inline I32 times_16(I32 index) { return vshlq_n_u32(index, 4); }
 static inline I32 advance_where_greater(I32 index, F32 a, F32 b, int by) {
   return vaddq_u32(index, vandq_u32(vcgtq_f32(a, b), vdupq_n_u32(static_cast<uint32_t>(by))));
+}
+static inline I32 load_bytes(const uint8_t* p) { return vmovl_u16(vget_low_u16(vmovl_u8(four_bytes(p)))); }
+static inline I32 load_words(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
+// The instruction takes 1 to 32.
+template <int Bits>
+static inline I32 shift_right(I32 v) {
+  if constexpr (Bits == 0) {
+    return v;
+  } else {
+    return vshrq_n_u32(v, Bits);
+  }
+}
+static inline F32 gather(const float* table, I32 index) {
+  const float lanes[4] = {table[vgetq_lane_u32(index, 0)], table[vgetq_lane_u32(index, 1)],
+                          table[vgetq_lane_u32(index, 2)], table[vgetq_lane_u32(index, 3)]};
+  return vld1q_f32(lanes);
 }
 static inline void store_bytes(uint8_t* p, I32 v) {
   const uint16x4_t words = vmovn_u32(v);
   store_low_bytes(p, vmovn_u16(vcombine_u16(words, words)));
 }
 static inline void load_nibbles(const uint8_t* p, I32* even, I32* odd) {
-  const uint32x4_t bytes = vmovl_u16(vget_low_u16(vmovl_u8(load_bytes(p))));
+  const uint32x4_t bytes = load_bytes(p);
   *even = vshrq_n_u32(bytes, 4);
   *odd = bytes;
 }
@@ -105,12 +127,7 @@ static inline void split_nibbles(const uint8_t* p, uint8x16_t* first, uint8x16_t
   *first = vzip1q_u8(even, odd);
   *second = vzip2q_u8(even, odd);
 }
-static inline void pack_ranks(const uint8_t* ranks, const uint8_t* map, uint8_t* packed) {
-  const uint8x16_t table = vld1q_u8(map);
-  const uint8x16_t first = vqtbl1q_u8(table, vld1q_u8(ranks));
-  const uint8x16_t second = vqtbl1q_u8(table, vld1q_u8(ranks + 16));
-  vst1q_u8(packed, vsliq_n_u8(vuzp2q_u8(first, second), vuzp1q_u8(first, second), 4));
-}
+#include "cpu/simd_codec_neon.h"
 
 // 16 entries of a 16-bit plane each, bytes in front and behind.
 static inline void store_words(uint8_t* p, uint8x16_t low, uint8x16_t high) {

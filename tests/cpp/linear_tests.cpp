@@ -330,6 +330,9 @@ void test_linear(Run& run) {
       const bool pairs = table->bf16_dot && args.dtype == DType::bf16;
       check_kernel(run, problem, table->isa, "linear_panel", table->linear_panel, pairs ? as_pairs : as_given);
       if (small) check_kernel(run, problem, table->isa, "linear_small_m", table->linear_small_m, as_given);
+      if (table->linear_tiles != nullptr && args.dtype == DType::bf16) {
+        check_kernel(run, problem, table->isa, "linear_tiles", table->linear_tiles, as_pairs);
+      }
     }
   }
 }
