@@ -115,6 +115,7 @@ struct KernelTable {
   Status (*dequantize_int8)(const DequantizeRowsArgs&);
   Status (*linear_small_m)(const LinearArgs&);
   Status (*linear_panel)(const LinearArgs&);
+  Status (*linear_int8)(const LinearArgs&);
 };
 
 }  // namespace nybble

@@ -17,6 +17,10 @@ Choice choose_linear(const KernelTable& table, const LinearArgs& args) {
   };
   if (args.grad_input)
     return panel("grad_input contracts over the weight's rows: one decoded panel serves both directions");
+  if (args.compute == Compute::int8) {
+    return {"linear_int8", "int8 compute was asked for: rows of x are quantized on the fly, one scale a row",
+            "int8 x int8, int32 accumulation", table.linear_int8};
+  }
   if (args.m > kSmallM) return panel("m > 8: one decode of the weight is shared by all rows of x");
   if (!args.weight.is_int8() && args.weight.cols % 2 != 0)
     return panel("in_features is odd, so rows do not start at a byte");

@@ -5,7 +5,7 @@
 namespace nybble::cpu {
 
 struct Choice {
-  const char* kernel;  // "linear_small_m" or "linear_panel"
+  const char* kernel;  // "linear_small_m", "linear_panel" or "linear_int8"
   const char* reason;
   const char* compute;  // what is multiplied and accumulated
   Status (*run)(const LinearArgs&);
