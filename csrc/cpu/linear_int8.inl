@@ -13,23 +13,23 @@
 // 0.0072 by w), where NF4's own error is 0.092; a column of x that is 30 times the others makes x's part 0.08. A row of
 // x with a NaN or an infinity gives NaN.
 //
-// The scheme is linear_panel.inl's: a tile of columns is decoded group by group into a panel that stays in L2, and its
-// side path, output and memory are used.
+// A tile of rows of W is decoded group by group into L2, as it lies in memory: lanes run along the rows of x, which are
+// transposed once, so the weight, of which there is more to decode, needs no transposition. Sums come out transposed
+// and are turned when they are complete.
 
 constexpr int64_t kGroup = 512;  // columns that share a scale, and what is decoded at a time
 constexpr int64_t kCodesOfStep = 4 / static_cast<int64_t>(sizeof(Code));
-constexpr int64_t kCodesOfPiece = 64 / static_cast<int64_t>(sizeof(Code));
+constexpr int64_t kCodesOfTurn = kLanes * kCodesOfStep;  // what one transposition takes from each of kLanes rows
+constexpr int64_t kXVectors = 2;                         // blocks of kLanes rows of x that are multiplied at a time
+constexpr int64_t kXRows = kXVectors * kLanes;
 #ifdef NYBBLE_AMX
-constexpr int64_t kInt8Columns = 256;       // rows of W in a tile
-constexpr int64_t kXBlock = kTileSide;      // rows of x whose pieces of 64 bytes lie together
-constexpr int64_t kInt8Rows = 2 * kXBlock;  // rows of x that are multiplied at a time
+constexpr int64_t kInt8Columns = 256;  // rows of W in a tile
 #else
 constexpr int64_t kInt8Columns = 64;
-constexpr int64_t kXBlock = 1;
-constexpr int64_t kInt8Rows = kTileRows;
+constexpr int kDotRows = kLanes == 16 ? 8 : 4;  // rows of W at a time: times kXVectors, the sums in registers
 #endif
-static_assert(kInt8Columns % kStrip == 0 && kInt8Columns <= kGradColumns, "tiles that finish() takes");
-static_assert(kGroup % (kLanes * kCodesOfStep) == 0 && kGroup % kCodesOfPiece == 0, "groups of whole steps and pieces");
+static_assert(kInt8Columns % 64 == 0 && kInt8Columns <= kGradColumns, "tiles that finish() takes");
+static_assert(kGroup % kCodesOfTurn == 0, "groups of whole transpositions");
 
 // ---- activations
 // ------------------------------------------------------------------------------------------------------
@@ -40,25 +40,17 @@ struct RowScale {
 };
 
 struct CodesOfX {
-  char* codes;         // [m / kXBlock][pieces][kXBlock][64 bytes]
-  RowScale* scale;     // [m]
-  int64_t row_pieces;  // of 64 bytes
+  uint32_t* codes;  // [ceil(m / kLanes)][steps][kLanes]
+  RowScale* scale;  // [m]
+  int64_t steps;    // of a row
 
-  char* piece(int64_t row, int64_t index) const {
-    return codes + ((row / kXBlock * row_pieces + index) * kXBlock + row % kXBlock) * 64;
-  }
+  uint32_t* at(int64_t row, int64_t step) const { return codes + (row / kLanes * steps + step) * kLanes; }
 };
 
 struct CodesJob {
   const LinearArgs* args;
   CodesOfX to;
 };
-
-static inline void put_piece(const int8_t* codes, char* to) {
-  Code piece[kCodesOfPiece];
-  for (int64_t i = 0; i < kCodesOfPiece; ++i) piece[i] = static_cast<Code>(codes[i] ^ static_cast<int8_t>(kCodeFlip));
-  memcpy(to, piece, sizeof piece);
-}
 
 template <class T>
 static uint32_t largest_magnitude_of(const T* x, int64_t count) {
@@ -73,71 +65,110 @@ static uint32_t largest_magnitude_of(const T* x, int64_t count) {
   return largest;
 }
 
+// How the codes of a row are made.
+struct Rounding {
+  float lift;
+  float by;
+};
+
 template <class T>
-static void quantize_x_row(const T* x, int64_t count, int64_t row, const CodesOfX& to) {
+static Rounding rounding_of(const T* x, int64_t count, RowScale* scale) {
   constexpr float kLift = 0x1p100F;
   const uint32_t magnitude = largest_magnitude_of(x, count);
-  const bool finite = magnitude < kInfinity;
+  if (magnitude >= kInfinity || magnitude == 0) {
+    *scale = {magnitude == 0 ? 0.0F : float_of(kInfinity | 1U), 1.0F};
+    return {0.0F, 0.0F};
+  }
   const bool small = float_of(magnitude) < 1.0F / kLift;
-  const float absmax = small ? float_of(magnitude) * kLift : float_of(magnitude);
-  const float by = finite && magnitude != 0 ? 127.0F / absmax : 0.0F;
-  to.scale[row] = {finite ? absmax / 127.0F : float_of(kInfinity | 1U), small ? 1.0F / kLift : 1.0F};
-  const F32 lift = broadcast(small ? kLift : 1.0F);
-  const F32 factor = broadcast(by);
-  alignas(64) int8_t codes[kCodesOfPiece];
-  for (int64_t piece = 0; piece < to.row_pieces; ++piece) {
-    const int64_t at = piece * kCodesOfPiece;
-    const int64_t here = finite ? larger(0, smaller(kCodesOfPiece, count - at)) : 0;
-    alignas(64) float tail[kCodesOfPiece];
-    if (here == kCodesOfPiece) {
-      for (int64_t i = 0; i < kCodesOfPiece; i += kLanes) {
-        store(codes + i, mul(mul(load(x + at + i), lift), factor));
-      }
-    } else {
-      for (int64_t i = 0; i < kCodesOfPiece; ++i) tail[i] = i < here ? to_float(x[at + i]) : 0.0F;
-      for (int64_t i = 0; i < kCodesOfPiece; i += kLanes) store(codes + i, mul(mul(load(tail + i), lift), factor));
+  const float lift = small ? kLift : 1.0F;
+  const float absmax = float_of(magnitude) * lift;
+  *scale = {absmax / 127.0F, small ? 1.0F / kLift : 1.0F};
+  return {lift, 127.0F / absmax};
+}
+
+template <class T>
+static void round_codes(const T* x, int64_t count, int64_t padded, Rounding rounding, int8_t* codes) {
+  const F32 lift = broadcast(rounding.lift);
+  const F32 by = broadcast(rounding.by);
+  int64_t i = 0;
+  if (rounding.by != 0.0F) {
+    for (; i + kLanes <= count; i += kLanes) store(codes + i, mul(mul(load(x + i), lift), by));
+    alignas(64) float tail[kLanes] = {};
+    if (i < count) {
+      for (int64_t j = i; j < count; ++j) tail[j - i] = to_float(x[j]);
+      store(codes + i, mul(mul(load(tail), lift), by));
+      i += kLanes;
     }
-    put_piece(codes, to.piece(row, piece));
+  }
+  if (i < padded) memset(codes + i, 0, static_cast<size_t>(padded - i));
+}
+
+template <class T>
+static inline void put_codes(const int8_t* codes, int64_t count, uint8_t flip, T* to) {
+  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(codes[i] ^ static_cast<int8_t>(flip));
+}
+
+// kLanes rows of x.
+template <class T>
+static void quantize_x_block(const LinearArgs& args, int64_t block, const CodesOfX& to) {
+  alignas(64) int8_t codes[kGroup];
+  alignas(64) Code rows[kLanes * kGroup];
+  Rounding rounding[kLanes] = {};
+  const int64_t cols = args.weight.cols;
+  const int64_t first = block * kLanes;
+  const int64_t here = smaller(kLanes, args.m - first);
+  const T* x = static_cast<const T*>(args.x) + first * args.x_stride;
+  for (int64_t row = 0; row < here; ++row) {
+    rounding[row] = rounding_of(x + row * args.x_stride, cols, to.scale + first + row);
+  }
+  for (int64_t at = 0; at < cols; at += kGroup) {
+    const int64_t count = smaller(kGroup, cols - at);
+    const int64_t padded = divide_up(count, kCodesOfTurn) * kCodesOfTurn;
+    for (int64_t row = 0; row < kLanes; ++row) {
+      round_codes(x + row * args.x_stride + at, row < here ? count : 0, padded, rounding[row], codes);
+      put_codes(codes, padded, kCodeFlip, rows + row * kGroup);
+    }
+    for (int64_t i = 0; i < padded; i += kCodesOfTurn) {
+      transpose(reinterpret_cast<const uint32_t*>(rows + i), kGroup / kCodesOfStep,
+                to.at(first, (at + i) / kCodesOfStep), kLanes);
+    }
   }
 }
 
-static void quantize_x_task(void* context, int64_t row) {
+static void quantize_x_task(void* context, int64_t block) {
   const CodesJob& job = *static_cast<const CodesJob*>(context);
-  const LinearArgs& args = *job.args;
-  const int64_t start = row * args.x_stride;
-  const int64_t count = args.weight.cols;
-  switch (args.dtype) {
+  switch (job.args->dtype) {
     case DType::f32:
-      return quantize_x_row(static_cast<const float*>(args.x) + start, count, row, job.to);
+      return quantize_x_block<float>(*job.args, block, job.to);
     case DType::f16:
-      return quantize_x_row(static_cast<const F16*>(args.x) + start, count, row, job.to);
+      return quantize_x_block<F16>(*job.args, block, job.to);
     case DType::bf16:
-      return quantize_x_row(static_cast<const Bf16*>(args.x) + start, count, row, job.to);
+      return quantize_x_block<Bf16>(*job.args, block, job.to);
   }
 }
 
 static Status quantize_x(const LinearArgs& args, CodesOfX* to) {
-  // Rows that fill up the last block are never written: what they give is never read.
-  const int64_t rows = divide_up(args.m, kXBlock) * kXBlock;
-  to->row_pieces = divide_up(args.weight.cols, kCodesOfPiece);
-  const int64_t bytes = rows * to->row_pieces * 64;
+  const int64_t blocks = divide_up(args.m, kLanes);
+  to->steps = divide_up(args.weight.cols, kCodesOfTurn) * kLanes;
+  const int64_t bytes = blocks * to->steps * kLanes * 4;
   const int64_t all = bytes + args.m * static_cast<int64_t>(sizeof(RowScale));
-  to->codes = static_cast<char*>(scratch(Slot::inputs, static_cast<size_t>(all)));
-  if (to->codes == nullptr) return out_of_memory(all);
-  to->scale = reinterpret_cast<RowScale*>(to->codes + bytes);
+  char* memory = static_cast<char*>(scratch(Slot::inputs, static_cast<size_t>(all)));
+  if (memory == nullptr) return out_of_memory(all);
+  to->codes = reinterpret_cast<uint32_t*>(memory);
+  to->scale = reinterpret_cast<RowScale*>(memory + bytes);
   CodesJob job{&args, *to};
-  parallel_for(args.threads, args.m, quantize_x_task, &job);
+  parallel_for(args.threads, blocks, quantize_x_task, &job);
   return success();
 }
 
 // ---- weights
 // ----------------------------------------------------------------------------------------------------------
 
-// What a group of a tile is decoded to.
-struct CodePanel {
-  uint32_t* steps;  // [strip][step][kStrip]
+// A group of a tile of rows of W.
+struct CodesOfW {
+  Code* codes;  // [kInt8Columns][kGroup]
   float scale[kInt8Columns];
-  int32_t start[kInt8Columns];  // takes back what kCodeFlip adds to the codes of x
+  int32_t start[kInt8Columns];  // of a sum: takes back what kCodeFlip adds
 };
 
 // `count` codes of one block from flat element `start` on.
@@ -146,7 +177,6 @@ static inline void decode_code_run(const uint8_t* packed, int64_t start, int64_t
   int64_t i = 0;
   if ((start & 1) != 0 && count > 0) out[i++] = codes[packed[start >> 1] & 15];
   const uint8_t* p = packed + ((start + i) >> 1);
-  for (; i + 64 <= count; i += 64, p += 32) decode_codes_64(p, codes, out + i);
   for (; i + 32 <= count; i += 32, p += 16) decode_codes_32(p, codes, out + i);
   for (; i + 2 <= count; i += 2, ++p) {
     out[i] = codes[*p >> 4];
@@ -157,10 +187,10 @@ static inline void decode_code_run(const uint8_t* packed, int64_t start, int64_t
 
 // The codes of `count` <= kGroup elements of a 4-bit tensor from flat element `start` on; returns their scale.
 static float decode_group(const Packed4& source, float largest_code, int64_t start, int64_t count, int8_t* out) {
-  constexpr int64_t kBlocks = kGroup / kMinBlock + 1;
-  float scales[kBlocks];
-  const int64_t first = start >> source.block_shift;
-  const int64_t last = (start + count - 1) >> source.block_shift;
+  float scales[kGroup / kMinBlock + 1];
+  const int shift = source.block_shift;
+  const int64_t first = start >> shift;
+  const int64_t last = (start + count - 1) >> shift;
   uint32_t largest = 0;
   for (int64_t block = first; block <= last; ++block) {
     scales[block - first] = source.scales.at(block);
@@ -175,9 +205,17 @@ static float decode_group(const Packed4& source, float largest_code, int64_t sta
   }
   const bool tiny = by < 0x1p-120F;  // whose reciprocal may overflow
   const float reciprocal = tiny ? 0.0F : 1.0F / by;
+  if (shift >= 6 && ((start | count) & 63) == 0 && !tiny) {
+    const uint8_t* packed = source.packed + start / 2;
+    for (int64_t i = 0; i < count; i += 64) {
+      const float scale = scales[((start + i) >> shift) - first];
+      decode_codes_64(packed + i / 2, source.codebook, scale * reciprocal, out + i);
+    }
+    return by;
+  }
   int64_t done = 0;
   for (int64_t block = first; block <= last; ++block) {
-    const int64_t run = smaller(count - done, ((block + 1) << source.block_shift) - start - done);
+    const int64_t run = smaller(count - done, ((block + 1) << shift) - start - done);
     alignas(16) int8_t codes[16];
     const float scale = scales[block - first];
     const F32 factor = broadcast(tiny ? scale / by : scale * reciprocal);
@@ -207,7 +245,7 @@ struct Int8Job {
   Failure* failure;
 };
 
-static float row_codes(const Int8Job& job, int64_t row, int64_t column, int64_t count, int8_t* out) {
+static float codes_of_row(const Int8Job& job, int64_t row, int64_t column, int64_t count, int8_t* out) {
   const Weight& weight = job.args->weight;
   const int64_t start = row * weight.cols + column;
   if (!weight.is_int8()) return decode_group(weight.packed4, job.largest_code, start, count, out);
@@ -215,137 +253,107 @@ static float row_codes(const Int8Job& job, int64_t row, int64_t column, int64_t 
   return weight.rows8.absmax[row] / 127.0F;
 }
 
-// Panels are read as words, whatever they hold.
-static inline const uint32_t* steps_in(const int8_t* codes, int8_t*) {
-  return reinterpret_cast<const uint32_t*>(codes);
-}
-static inline const uint32_t* steps_in(const int8_t* codes, int16_t* wide) {
-  for (int64_t i = 0; i < kLanes * kGroup; ++i) wide[i] = codes[i];
-  return reinterpret_cast<const uint32_t*>(wide);
-}
+static inline int8_t* codes_in(int8_t* row, int8_t*) { return row; }
+static inline int8_t* codes_in(int16_t*, int8_t* buffer) { return buffer; }
+static inline void widen(int8_t*, const int8_t*, int64_t) {}
+static inline void widen(int16_t* row, const int8_t* codes, int64_t count) { put_codes(codes, count, 0, row); }
 
-// Returns the steps of the panel: whole transpositions.
-static int64_t pack_codes(const Int8Job& job, int64_t first_row, int64_t rows, int64_t column, int64_t count,
-                          CodePanel* panel) {
-  alignas(64) int8_t buffer[kLanes * kGroup];
-  alignas(64) Code wide[sizeof(Code) == 1 ? 1 : kLanes * kGroup];
+// Rows [first_row, first_row + rows) of W, filled up with rows of zeros to a multiple of 64.
+static void decode_tile(const Int8Job& job, int64_t first_row, int64_t rows, int64_t column, int64_t count,
+                        CodesOfW* to) {
+  alignas(64) int8_t buffer[kGroup];
   const WeightRows source{&job.args->weight};
-  const int64_t steps = divide_up(count, kLanes * kCodesOfStep) * kLanes;
-  for (int64_t group = 0; group < strips_of(rows); group += kLanes) {
-    for (int64_t lane = 0; lane < kLanes; ++lane) {
-      int8_t* out = buffer + lane * kGroup;
-      const bool real = group + lane < rows;
-      const int64_t row = first_row + group + lane;
-      if (real) source.fetch(row, column + kGroup, kGroup);
-      panel->scale[group + lane] = real ? row_codes(job, row, column, count, out) : 0.0F;
-      const int64_t here = real ? count : 0;
-      memset(out + here, 0, static_cast<size_t>(steps * kCodesOfStep - here));
+  const int64_t padded = divide_up(count, kCodesOfTurn) * kCodesOfTurn;
+  for (int64_t row = 0; row < divide_up(rows, 64) * 64; ++row) {
+    int8_t* out = codes_in(to->codes + row * kGroup, buffer);
+    const int64_t here = row < rows ? count : 0;
+    to->scale[row] = 0.0F;
+    if (here > 0) {
+      source.fetch(first_row + row, column + kGroup, kGroup);
+      to->scale[row] = codes_of_row(job, first_row + row, column, count, out);
     }
-    uint32_t* strip = panel->steps + group / kStrip * steps * kStrip + group % kStrip;
-    const uint32_t* elements = steps_in(buffer, wide);
-    constexpr int64_t kStride = kGroup / kCodesOfStep;
-    for (int64_t step = 0; step < steps; step += kLanes) {
-      transpose(elements + step, kStride, strip + step * kStrip, kStrip);
-    }
-    if (kCodeFlip == 0) continue;
-    Sums base = zero_sums();
-    for (int64_t step = 0; step < steps; ++step) {
-      base = dot_step(base, kCodeFlip * 0x01010101U, load_step(strip + step * kStrip));
-    }
-    int32_t lanes[kLanes];
-    memcpy(lanes, &base, sizeof lanes);
-    for (int64_t lane = 0; lane < kLanes; ++lane) panel->start[group + lane] = -lanes[lane];
+    if (here < padded) memset(out + here, 0, static_cast<size_t>(padded - here));
+    widen(to->codes + row * kGroup, out, padded);
+    to->start[row] = -flip_sum(to->codes + row * kGroup, padded);
   }
-  return steps;
 }
 
 // ---- multiplication
 // ---------------------------------------------------------------------------------------------------
 
-#ifdef NYBBLE_AMX
-// acc (+)= sums * scale
-template <int Rows, int Columns>
-static void add_scaled(const int32_t* sums, const float* scale, bool first, float* acc, int64_t acc_stride) {
-  for (int row = 0; row < Rows; ++row) {
-    for (int column = 0; column < Columns; column += kLanes) {
-      float* to = acc + row * acc_stride + column;
-      const F32 values = to_f32(load_step(reinterpret_cast<const uint32_t*>(sums) + row * Columns + column));
-      store(to, fma(values, load(scale + column), first ? zero() : load(to)));
-    }
+// acc[Rows][kXRows], of which Vectors * kLanes columns count, (+)= sums * scale
+template <int Vectors>
+static inline void add_scaled(const Sums* sums, float scale, bool first, float* acc) {
+  for (int v = 0; v < Vectors; ++v) {
+    float* to = acc + v * kLanes;
+    store(to, fma(to_f32(sums[v]), broadcast(scale), first ? zero() : load(to)));
   }
 }
 
-static void multiply_codes(const CodesOfX& x, int64_t first_row, int64_t rows, int64_t piece, const CodePanel& panel,
-                           int64_t steps, int64_t columns, bool first, float* acc) {
-  alignas(64) int32_t sums[32 * 32];
-  const TileConfig config;
-  _tile_loadconfig(&config);
-  for (int64_t row = 0; row < rows; row += kInt8Rows) {
-    const char* above = x.piece(first_row + row, piece);
-    const char* below = x.piece(first_row + row + kXBlock, piece);
-    float* out = acc + row * columns;
-    if (rows - row > kXBlock) {
-      for (int64_t column = 0; column < columns; column += 32) {
-        const uint32_t* strip = panel.steps + column / kStrip * steps * kStrip + column % kStrip;
-        dot_tiles_32(above, below, strip, kStrip, steps, sums);
-        add_scaled<32, 32>(sums, panel.scale + column, first, out + column, columns);
-      }
-    } else {
-      for (int64_t column = 0; column < columns; column += 64) {
-        dot_tiles_16(above, panel.steps + column * steps, kStrip, steps, sums);
-        add_scaled<16, 64>(sums, panel.scale + column, first, out + column, columns);
-      }
-    }
+#ifdef NYBBLE_AMX
+template <int Rows, int Vectors>
+static inline void add_tiles(const int32_t* sums, const float* scale, bool first, float* acc) {
+  for (int row = 0; row < Rows; ++row) {
+    Sums lanes[Vectors];
+    for (int v = 0; v < Vectors; ++v) lanes[v] = load_steps(sums + (row * Vectors + v) * kLanes);
+    add_scaled<Vectors>(lanes, scale[row], first, acc + row * kXRows);
   }
-  _tile_release();
+}
+
+// acc[rows of W][kXRows] (+)= scale * (rows of W) . (up to kXRows rows of x)
+static void multiply_codes(const CodesOfW& w, int64_t w_rows, const CodesOfX& x, int64_t x_row, int64_t x_rows,
+                           int64_t step, int64_t steps, bool first, float* acc) {
+  alignas(64) int32_t sums[32 * 32];
+  const char* codes = reinterpret_cast<const char*>(x.at(x_row, step));
+  if (x_rows > kLanes) {
+    const char* next = reinterpret_cast<const char*>(x.at(x_row + kLanes, step));
+    for (int64_t row = 0; row < w_rows; row += 32) {
+      dot_tiles_32(w.codes + row * kGroup, kGroup, codes, next, steps / kTileSide, sums);
+      add_tiles<32, 2>(sums, w.scale + row, first, acc + row * kXRows);
+    }
+    return;
+  }
+  for (int64_t row = 0; row < w_rows; row += 64) {
+    dot_tiles_16(w.codes + row * kGroup, kGroup, codes, steps / kTileSide, sums);
+    add_tiles<64, 1>(sums, w.scale + row, first, acc + row * kXRows);
+  }
 }
 #else
-template <int Rows>
-static void dot_tile(const char* x, int64_t x_stride, const uint32_t* strip, int64_t steps, const int32_t* start,
-                     const float* scale, bool first, float* acc, int64_t acc_stride) {
-  Sums sums[Rows][kTileVectors];
+template <int Rows, int Vectors>
+static void dot_rows(const CodesOfW& w, int64_t w_row, const uint32_t* x, int64_t x_stride, int64_t steps, bool first,
+                     float* acc) {
+  Sums sums[Rows][Vectors];
   for (int row = 0; row < Rows; ++row) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      sums[row][v] = kCodeFlip != 0 ? load_step(reinterpret_cast<const uint32_t*>(start) + v * kLanes) : zero_sums();
-    }
+    for (int v = 0; v < Vectors; ++v) sums[row][v] = broadcast_sum(w.start[w_row + row]);
   }
-  for (int64_t step = 0; step < steps; ++step, strip += kStrip, x += 4) {
-    Sums columns[kTileVectors];
-    for (int v = 0; v < kTileVectors; ++v) columns[v] = load_step(strip + v * kLanes);
+  const char* codes = reinterpret_cast<const char*>(w.codes + w_row * kGroup);
+  for (int64_t step = 0; step < steps; ++step, x += kLanes, codes += 4) {
+    Sums lanes[Vectors];
+    for (int v = 0; v < Vectors; ++v) lanes[v] = load_steps(x + v * x_stride);
     for (int row = 0; row < Rows; ++row) {
-      uint32_t codes;
-      memcpy(&codes, x + row * x_stride, sizeof codes);
-      for (int v = 0; v < kTileVectors; ++v) sums[row][v] = dot_step(sums[row][v], codes, columns[v]);
+      uint32_t weight;
+      memcpy(&weight, codes + row * kGroup * static_cast<int64_t>(sizeof(Code)), sizeof weight);
+      for (int v = 0; v < Vectors; ++v) sums[row][v] = dot_step(sums[row][v], lanes[v], weight);
     }
   }
   for (int row = 0; row < Rows; ++row) {
-    for (int v = 0; v < kTileVectors; ++v) {
-      float* to = acc + row * acc_stride + v * kLanes;
-      store(to, fma(to_f32(sums[row][v]), load(scale + v * kLanes), first ? zero() : load(to)));
-    }
+    add_scaled<Vectors>(sums[row], w.scale[w_row + row], first, acc + row * kXRows);
   }
 }
 
-template <int Rows>
-static void dot_tiles(int64_t rows, const char* x, int64_t x_stride, const uint32_t* strip, int64_t steps,
-                      const int32_t* start, const float* scale, bool first, float* acc, int64_t acc_stride) {
-  if constexpr (Rows > 1) {
-    if (rows < Rows) {
-      return dot_tiles<Rows - 1>(rows, x, x_stride, strip, steps, start, scale, first, acc, acc_stride);
+// acc[rows of W][kXRows] (+)= scale * (rows of W) . (up to kXRows rows of x)
+static void multiply_codes(const CodesOfW& w, int64_t w_rows, const CodesOfX& x, int64_t x_row, int64_t x_rows,
+                           int64_t step, int64_t steps, bool first, float* acc) {
+  const uint32_t* codes = x.at(x_row, step);
+  const int64_t x_stride = x.steps * kLanes;
+  if (x_rows > kLanes) {
+    for (int64_t row = 0; row < w_rows; row += kDotRows) {
+      dot_rows<kDotRows, 2>(w, row, codes, x_stride, steps, first, acc + row * kXRows);
     }
+    return;
   }
-  dot_tile<Rows>(x, x_stride, strip, steps, start, scale, first, acc, acc_stride);
-}
-
-static void multiply_codes(const CodesOfX& x, int64_t first_row, int64_t rows, int64_t piece, const CodePanel& panel,
-                           int64_t steps, int64_t columns, bool first, float* acc) {
-  const int64_t x_stride = x.row_pieces * 64;
-  for (int64_t row = 0; row < rows; row += kTileRows) {
-    for (int64_t column = 0; column < columns; column += kStrip) {
-      dot_tiles<kTileRows>(smaller(kTileRows, rows - row), x.piece(first_row + row, piece), x_stride,
-                           panel.steps + column * steps, steps, panel.start + column, panel.scale + column, first,
-                           acc + row * columns + column, columns);
-    }
+  for (int64_t row = 0; row < w_rows; row += 2 * kDotRows) {
+    dot_rows<2 * kDotRows, 1>(w, row, codes, x_stride, steps, first, acc + row * kXRows);
   }
 }
 #endif
@@ -353,45 +361,91 @@ static void multiply_codes(const CodesOfX& x, int64_t first_row, int64_t rows, i
 // ---- one task
 // ---------------------------------------------------------------------------------------------------------
 
-// acc[rows, columns] *= each row's scale
-static void scale_rows(const RowScale* scale, int64_t rows, int64_t columns, float* acc) {
-  for (int64_t row = 0; row < rows; ++row, acc += columns) {
-    const F32 by = broadcast(scale[row].by);
-    const F32 lift = broadcast(scale[row].lift);
-    for (int64_t j = 0; j < columns; j += kLanes) store(acc + j, mul(mul(load(acc + j), by), lift));
+// out[rows <= kLanes][columns] (+)= the sums [columns][kXRows] of these rows, times each row's scale
+static void turn_sums(const float* sums, const RowScale* scale, int64_t rows, int64_t columns, bool add_to,
+                      float* out) {
+  alignas(64) float turned[kLanes * kLanes];
+  for (int64_t column = 0; column < columns; column += kLanes) {
+    transpose(reinterpret_cast<const uint32_t*>(sums + column * kXRows), kXRows, reinterpret_cast<uint32_t*>(turned),
+              kLanes);
+    for (int64_t row = 0; row < rows; ++row) {
+      float* to = out + row * columns + column;
+      const F32 value = mul(mul(load(turned + row * kLanes), broadcast(scale[row].by)), broadcast(scale[row].lift));
+      store(to, add_to ? add(load(to), value) : value);
+    }
   }
 }
 
-// `Step` multiplies the side path, in the precision of native compute.
+struct Int8Memory {
+  CodesOfW w;
+  float* sums;  // [rows / kXRows][kInt8Columns][kXRows]
+  TaskMemory side;
+};
+
+// `Step` multiplies the side path. The slots only grow, so its panel and ours can be one.
+template <class Step>
+static bool int8_memory(int64_t rows, bool side, Int8Memory* memory, Failure* failure) {
+  constexpr int64_t kPanel = kGroup * static_cast<int64_t>(sizeof(Code)) * kInt8Columns;
+  const int64_t sums = divide_up(rows, kXRows) * kXRows * kInt8Columns * static_cast<int64_t>(sizeof(float));
+  if (side && !task_memory<Step>(rows, kInt8Columns, &memory->side, failure)) return false;
+  memory->w.codes = static_cast<Code*>(scratch(Slot::panel, static_cast<size_t>(kPanel)));
+  if (side) memory->side.panel = reinterpret_cast<uint32_t*>(memory->w.codes);
+  memory->sums = static_cast<float*>(scratch(Slot::sums, static_cast<size_t>(sums)));
+  if (memory->w.codes != nullptr && memory->sums != nullptr) return true;
+  failure->report_memory(kPanel + sums);
+  return false;
+}
+
+// sums = g * (q . c^T) of a tile.
+static void sum_codes(const Int8Job& job, int64_t first_column, int64_t width, int64_t first_row, int64_t rows,
+                      Int8Memory* memory) {
+  const int64_t length = job.args->contraction();
+  if (length == 0) {
+    memset(memory->sums, 0, static_cast<size_t>(divide_up(rows, kXRows) * kXRows * kInt8Columns) * sizeof(float));
+  }
+#ifdef NYBBLE_AMX
+  const TileConfig config;
+  _tile_loadconfig(&config);
+#endif
+  for (int64_t at = 0; at < length; at += kGroup) {
+    const int64_t count = smaller(kGroup, length - at);
+    decode_tile(job, first_column, width, at, count, &memory->w);
+    for (int64_t row = 0; row < rows; row += kXRows) {
+      multiply_codes(memory->w, divide_up(width, 64) * 64, job.x, first_row + row, rows - row, at / kCodesOfStep,
+                     divide_up(count, kCodesOfTurn) * kLanes, at == 0, memory->sums + row * kInt8Columns);
+    }
+  }
+#ifdef NYBBLE_AMX
+  _tile_release();
+#endif
+}
+
 template <class Step>
 static void int8_task(void* context, int64_t index) {
   const Int8Job& job = *static_cast<const Int8Job*>(context);
   const LinearArgs& args = *job.args;
+  const SidePath& side = args.side;
   const int64_t first_column = index % job.tiles * kInt8Columns;
   const int64_t width = smaller(kInt8Columns, args.columns() - first_column);
   const int64_t columns = strips_of(width);
   const int64_t first_row = index / job.tiles * job.rows_per_task;
   const int64_t rows = smaller(job.rows_per_task, args.m - first_row);
-  // Asked for first: the slots only grow, so what task_memory returns serves both panels.
-  constexpr int64_t kPanelBytes = kGroup * static_cast<int64_t>(sizeof(Code)) * kInt8Columns;
-  TaskMemory memory;
-  if (scratch(Slot::panel, static_cast<size_t>(kPanelBytes)) == nullptr) return job.failure->report_memory(kPanelBytes);
-  if (!task_memory<Step>(divide_up(rows, kInt8Rows) * kInt8Rows, kInt8Columns, &memory, job.failure)) return;
-  alignas(64) CodePanel panel;
-  panel.steps = memory.panel;
-  const int64_t length = args.contraction();
-  if (length == 0) memset(memory.acc, 0, static_cast<size_t>(rows * columns) * sizeof(float));
-  for (int64_t at = 0; at < length; at += kGroup) {
-    const int64_t steps = pack_codes(job, first_column, width, at, smaller(kGroup, length - at), &panel);
-    multiply_codes(job.x, first_row, rows, at / kCodesOfPiece, panel, steps, columns, at == 0, memory.acc);
-  }
-  scale_rows(job.x.scale + first_row, rows, columns, memory.acc);
-  const SidePath& side = args.side;
+  alignas(64) Int8Memory memory;
+  if (!int8_memory<Step>(rows, side.rank > 0, &memory, job.failure)) return;
   if (side.rank > 0) {
     const DenseRows right{side.right, side.right_dtype, side.rank};
-    contract<Step>(right, job.side, side.rank, true, first_column, width, first_row, rows, memory);
+    memset(memory.side.acc, 0, static_cast<size_t>(divide_up(rows, kRowAlign) * kRowAlign * columns) * sizeof(float));
+    contract<Step>(right, job.side, side.rank, true, first_column, width, first_row, rows, memory.side);
   }
-  finish(args, first_row, rows, first_column, width, memory.acc);
+  sum_codes(job, first_column, width, first_row, rows, &memory);
+  alignas(64) float block[kLanes * kInt8Columns];
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    const int64_t here = smaller(kLanes, rows - row);
+    float* out = side.rank > 0 ? memory.side.acc + row * columns : block;
+    const float* sums = memory.sums + row / kXRows * kXRows * kInt8Columns + row % kXRows;
+    turn_sums(sums, job.x.scale + first_row + row, here, columns, side.rank > 0, out);
+    finish(args, first_row + row, here, first_column, width, out);
+  }
 }
 
 template <class Step>
@@ -402,7 +456,7 @@ static Status linear_int8_as(const LinearArgs& args) {
   job.failure = &failure;
   job.largest_code = args.weight.is_int8() ? 0.0F : largest_code(args.weight.packed4.codebook);
   job.tiles = divide_up(args.columns(), kInt8Columns);
-  job.rows_per_task = rows_per_task(args.m, job.tiles, args.threads);
+  job.rows_per_task = divide_up(rows_per_task(args.m, job.tiles, args.threads), kXRows) * kXRows;
   Status status = quantize_x(args, &job.x);
   if (status.ok() && args.side.rank > 0) {
     status = prepare<Step>(args.side.left, args.side.left_dtype, args.m, args.side.rank, args.side.rank, Slot::side,

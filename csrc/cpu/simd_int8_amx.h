@@ -1,23 +1,21 @@
-// AMX on int8: a tile is 16 rows of 64 codes, multiplied as quads into int32. x lies in blocks of 16 rows as tiles
-// (1 KiB each, one after another along the contraction), the panel's strips are read as in simd_amx.h. Included after
-// simd_amx.h and simd_int8_avx512.h.
+// AMX on int8: a tile of 16 rows of 64 codes of W times a tile of 16 rows of x, which lies as the instruction wants it
+// (16 steps of 16 lanes, 1 KiB). Included after simd_amx.h and simd_int8_avx512.h.
 
 constexpr int64_t kTileBytes = 1024;
 
-// sums[32][32] = two blocks of x times 32 columns of the panel. Tiles 0 to 3: sums; 4, 5: x; 6, 7: the panel.
-static inline void dot_tiles_32(const char* x, const char* x_below, const uint32_t* panel, int64_t panel_stride,
-                                int64_t steps, int32_t* sums) {
+// sums[32][32] = 32 rows of W times two blocks of x. Tiles 0 to 3: sums; 4, 5: W; 6, 7: x.
+static inline void dot_tiles_32(const int8_t* w, int64_t w_stride, const char* x, const char* x_next, int64_t tiles,
+                                int32_t* sums) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t step = 0; step < steps; step += kTileSide, x += kTileBytes, x_below += kTileBytes) {
-    const uint32_t* columns = panel + step * panel_stride;
-    _tile_loadd(4, x, 64);
-    _tile_loadd(6, columns, panel_stride * 4);
-    _tile_loadd(7, columns + kTileSide, panel_stride * 4);
+  for (int64_t tile = 0; tile < tiles; ++tile, w += 64, x += kTileBytes, x_next += kTileBytes) {
+    _tile_loadd(4, w, w_stride);
+    _tile_loadd(6, x, 64);
+    _tile_loadd(7, x_next, 64);
     _tile_dpbssd(0, 4, 6);
-    _tile_loadd(5, x_below, 64);
+    _tile_loadd(5, w + kTileSide * w_stride, w_stride);
     _tile_dpbssd(1, 4, 7);
     _tile_dpbssd(2, 5, 6);
     _tile_dpbssd(3, 5, 7);
@@ -28,27 +26,26 @@ static inline void dot_tiles_32(const char* x, const char* x_below, const uint32
   _tile_stored(3, sums + kTileSide * 32 + kTileSide, 128);
 }
 
-// sums[16][64] = one block of x times 64 columns of the panel: four sums hide the latency.
-static inline void dot_tiles_16(const char* x, const uint32_t* panel, int64_t panel_stride, int64_t steps,
-                                int32_t* sums) {
+// sums[64][16] = 64 rows of W times one block of x: four sums hide the latency.
+static inline void dot_tiles_16(const int8_t* w, int64_t w_stride, const char* x, int64_t tiles, int32_t* sums) {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t step = 0; step < steps; step += kTileSide, x += kTileBytes) {
-    const uint32_t* columns = panel + step * panel_stride;
+  const int64_t next = kTileSide * w_stride;
+  for (int64_t tile = 0; tile < tiles; ++tile, w += 64, x += kTileBytes) {
     _tile_loadd(4, x, 64);
-    _tile_loadd(5, columns, panel_stride * 4);
-    _tile_loadd(6, columns + kTileSide, panel_stride * 4);
-    _tile_loadd(7, columns + 2 * kTileSide, panel_stride * 4);
-    _tile_dpbssd(0, 4, 5);
-    _tile_dpbssd(1, 4, 6);
-    _tile_loadd(5, columns + 3 * kTileSide, panel_stride * 4);
-    _tile_dpbssd(2, 4, 7);
-    _tile_dpbssd(3, 4, 5);
+    _tile_loadd(5, w, w_stride);
+    _tile_loadd(6, w + next, w_stride);
+    _tile_loadd(7, w + 2 * next, w_stride);
+    _tile_dpbssd(0, 5, 4);
+    _tile_dpbssd(1, 6, 4);
+    _tile_loadd(5, w + 3 * next, w_stride);
+    _tile_dpbssd(2, 7, 4);
+    _tile_dpbssd(3, 5, 4);
   }
-  _tile_stored(0, sums, 256);
-  _tile_stored(1, sums + kTileSide, 256);
-  _tile_stored(2, sums + 2 * kTileSide, 256);
-  _tile_stored(3, sums + 3 * kTileSide, 256);
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + kTileSide * 16, 64);
+  _tile_stored(2, sums + 2 * kTileSide * 16, 64);
+  _tile_stored(3, sums + 3 * kTileSide * 16, 64);
 }
