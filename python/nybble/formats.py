@@ -70,6 +70,7 @@ NESTED_BLOCK_SIZE = 256
 _CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 _FORMATS = (*_CODEBOOKS, "int8")
 _SEARCHES = ("absmax", "mse")
+_COMPUTES = (None, "int8")
 _OVERRIDABLE = ("format", "block_size", "double_quant", "search", "compute")
 
 
@@ -157,7 +158,10 @@ class QuantConfig:
             scale a row and ignores it.
         double_quant: store the block scales themselves in 8 bits (4-bit formats only).
         search: "absmax" (bit-exact with bitsandbytes) or "mse" (scale of least squared error; same file format).
-        compute: reserved, must be None: kernels compute in the dtype of their input.
+        compute: None (activations keep their precision) or "int8": each row of x is rounded to int8 on the fly and
+            multiplied in integers, for speed. That adds to every activation an error of up to half a step, which is
+            the row's absmax / 254. Forward only: gradients are computed as with None, and so is LoRA's side path.
+            How a layer computes, not what is stored: files do not keep it.
         skip: name patterns (see `match_module`) of modules that stay as they are.
         overrides: name pattern -> a format, a dict of the fields above (`format` to `compute`), or None to skip. The
             first pattern that matches wins, also over `skip`.
@@ -170,7 +174,7 @@ class QuantConfig:
     block_size: int = 64
     double_quant: bool = True
     search: str = "absmax"
-    compute: None = None
+    compute: str | None = None
     skip: tuple[str, ...] = ("lm_head",)
     overrides: Mapping[str, str | Mapping[str, Any] | None] = field(default_factory=dict, hash=False)
 
@@ -187,8 +191,11 @@ class QuantConfig:
             raise FormatError(f"search is {self.search!r}; allowed are {', '.join(_SEARCHES)}")
         if self.search == "mse" and self.format == "int8":
             raise FormatError("search is 'mse', which 4-bit formats take; format 'int8' allows only 'absmax'")
-        if self.compute is not None:
-            raise FormatError(f"compute is {self.compute!r}; only None is allowed (compute in the input's dtype)")
+        if self.compute not in _COMPUTES:
+            raise FormatError(
+                f"compute is {self.compute!r}; allowed are None (activations keep their precision) and 'int8' "
+                "(activations rounded to int8, row by row)"
+            )
         skip = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
         if not all(isinstance(pattern, str) and pattern for pattern in skip):
             raise FormatError(f"skip is {self.skip!r}; it must be a sequence of non-empty name patterns")

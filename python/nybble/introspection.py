@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import _core, backends
+from .backends.weight import COMPUTES
 from .formats import QuantConfig
 from .nn import LoRALinear, QuantLinear
 
@@ -54,6 +55,7 @@ def explain(
     grad_input: bool = False,
     format: str | None = None,
     device: str | torch.device | None = None,
+    compute: str | None = None,
 ) -> Explanation:
     """Which kernel would run a quantized linear operation, and why.
 
@@ -61,7 +63,8 @@ def explain(
         module_or_shape: a QuantLinear, a LoRALinear over one, or (out_features, in_features).
         m: rows of x, all leading dimensions together. dtype: of x: float32, float16 or bfloat16.
         grad_input: ask about the backward with respect to x instead of the forward.
-        format: of the weight, when a shape is given ("nf4" by default). device: likewise ("cpu").
+        format: of the weight, when a shape is given ("nf4" by default). device: likewise ("cpu"). compute: likewise,
+            None or "int8" (`QuantConfig.compute`).
 
     >>> explain((4096, 4096), m=1).kernel
     'linear_small_m'
@@ -76,6 +79,7 @@ def explain(
             raise TypeError(f"module is a {type(layer).__name__}; a QuantLinear or a LoRALinear over one is needed")
         out_features, in_features = layer.out_features, layer.in_features
         format, device = layer.config.format_name, layer.packed_weight().packed.device
+        compute = layer.config.compute
     else:
         if not isinstance(module_or_shape, Sequence) or len(module_or_shape) != 2:
             raise TypeError(
@@ -85,9 +89,11 @@ def explain(
         if len(shape) != 2 or min(shape) < 0:
             raise ValueError(f"shape is {shape}; it must be (out_features, in_features), sizes of 0 or more")
         out_features, in_features = shape
-        format = QuantConfig(format=format or "nf4").format_name
+        format = QuantConfig(format=format or "nf4", compute=compute).format_name
     device = torch.device(device or "cpu")
-    found = backends.of(device).explain_linear(out_features, in_features, m, dtype, format == "int8", grad_input)
+    found = backends.of(device).explain_linear(
+        out_features, in_features, m, dtype, format == "int8", grad_input, COMPUTES[compute]
+    )
     return Explanation(
         operation="grad_input" if grad_input else "forward",
         out_features=out_features,

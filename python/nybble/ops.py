@@ -44,7 +44,8 @@ def linear(
 
     Args:
         x: [..., in_features], fp32, fp16 or bf16; any strides.
-        weight: the quantized weight [out_features, in_features].
+        weight: the quantized weight [out_features, in_features]. Where weight.compute is 1, each row of x is rounded
+            to int8 (`nybble.reference.linear_int8_activations`); gradients are those of the unrounded product.
         bias: [out_features].
         side: [..., R], goes together with side_weight: [out_features, R].
 
@@ -299,7 +300,7 @@ class _LoRALinear(torch.autograd.Function):
 
 _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor? codebook, Tensor? nested_absmax, Tensor? nested_map, Tensor? nested_offset, "
-    "SymInt out_features, SymInt in_features, int block_size, int nested_block_size"
+    "SymInt out_features, SymInt in_features, int block_size, int nested_block_size, int compute"
 )
 _WEIGHT_ARGS = len(PackedWeight._fields)
 

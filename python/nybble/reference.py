@@ -259,6 +259,29 @@ def linear(
     return y.to(x.dtype)
 
 
+def linear_int8_activations(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, side: Tensor | None = None, side_weight: Tensor | None = None
+) -> Tensor:
+    """`linear` with each row of x rounded to int8 first: what `compute="int8"` means.
+
+    Per row: scale = max|x| / 127 in fp32, q = round-half-even(x / scale) clamped to -127 .. 127 (0 where scale is 0),
+    y = scale * (q W^T) + side side_weight^T + bias. An activation is off by at most scale / 2, its row's absmax / 254,
+    besides fp32's rounding. A row with a NaN or an infinity gives NaN. The side path is not rounded.
+
+    Arguments and result as for `linear`. A kernel whose weight is int8 too sums q times the weight's integers exactly
+    and scales the sum.
+    """
+    values = x.float()
+    scale = values.abs().amax(-1, keepdim=True) / 127.0 if x.shape[-1] else values.new_zeros(*x.shape[:-1], 1)
+    q = torch.where(scale == 0, 0.0, torch.round(values / scale).clamp(-127.0, 127.0))
+    y = scale * (q @ weight.float().t())
+    if side is not None and side_weight is not None:
+        y = y + side.float() @ side_weight.float().t()
+    if bias is not None:
+        y = y + bias.float()
+    return y.to(x.dtype)
+
+
 def grad_input(g: Tensor, weight: Tensor, side: Tensor | None = None, side_weight: Tensor | None = None) -> Tensor:
     """dx = g W + side side_weight, accumulated in fp32, rounded once to g's dtype.
 

@@ -79,6 +79,13 @@ def test_config_block_is_bitsandbytes_only_where_it_can_read_all() -> None:
         assert bnb.quantization_config(nf4, used, "float16", [])["quant_method"] == "nybble"
 
 
+def test_a_file_says_nothing_of_how_a_layer_computes() -> None:
+    config = QuantConfig(compute="int8", overrides={"a": {"compute": "int8", "block_size": 32}, "b": "int8", "c": None})
+    stored = bnb.quantization_config(config, [config], "bfloat16", None)["nybble"]
+    assert stored["compute"] is None
+    assert stored["overrides"] == {"a": {"block_size": 32}, "b": "int8", "c": None}
+
+
 @pytest.mark.parametrize(
     ("module", "linear"),
     [

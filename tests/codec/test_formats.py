@@ -112,7 +112,9 @@ def test_block_sizes_that_are_not_allowed_list_the_allowed_ones(block_size):
         ({"search": "gptq"}, "search is 'gptq'; allowed are absmax, mse"),
         ({"search": "mse", "format": "int8"}, "search is 'mse'"),
         ({"double_quant": 1}, "double_quant is 1"),
-        ({"compute": torch.bfloat16}, "compute is torch.bfloat16"),
+        ({"compute": torch.bfloat16}, "compute is torch.bfloat16; allowed are None .* and 'int8'"),
+        ({"compute": "int4"}, "compute is 'int4'; allowed are None"),
+        ({"overrides": {"a": {"compute": 8}}}, r"overrides\['a'\]: compute is 8"),
         ({"skip": ("",)}, "skip"),
         ({"skip": (3,)}, "skip"),
         ({"overrides": ["lm_head"]}, "overrides must map"),
@@ -185,6 +187,7 @@ configs = st.builds(
     block_size=st.sampled_from(BLOCK_SIZES),
     double_quant=st.booleans(),
     search=st.sampled_from(("absmax", "mse")),
+    compute=st.sampled_from((None, "int8")),
     skip=st.sampled_from(((), ["lm_head"], ("a", "b.*"))),
     overrides=st.sampled_from(({}, {"a": "int8"}, {"b": {"block_size": 32}, "c": None}, {"d": {"format": INT4}})),
 )

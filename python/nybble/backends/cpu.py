@@ -207,7 +207,8 @@ def linear(
     Arguments have been checked (`nybble.ops.check_args`).
 
     Args:
-        x: [..., in_features], fp32, fp16 or bf16.
+        x: [..., in_features], fp32, fp16 or bf16. Where weight.compute is 1, each row is rounded to int8
+            (`nybble.reference.linear_int8_activations`).
         bias: [out_features]. side: [..., R]. side_weight: [out_features, R].
 
     Returns:
@@ -260,7 +261,7 @@ def _run(
     _core.linear(
         handle,
         grad_input,
-        0,
+        0 if grad_input else weight.compute,
         x.data_ptr(),
         x.stride(0),
         x.shape[0],
@@ -286,7 +287,8 @@ def _code(tensor: Tensor | None) -> int:
 
 
 def explain_linear(
-    out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool
+    out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool, compute: int = 0
 ) -> dict[str, str]:
     """Which kernel `linear` (or `grad_input`) would run, and why: kernel, isa, compute, reason."""
-    return _core.explain_linear(out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input, 0)
+    compute = 0 if grad_input else compute
+    return _core.explain_linear(out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input, compute)

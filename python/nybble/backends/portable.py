@@ -9,6 +9,7 @@ from ..reference import (
     dequantize_4bit,
     dequantize_8bit,
     dequantize_int8,
+    linear_int8_activations,
     nested_dequantize,
     nested_quantize,
     quantize_4bit,
@@ -53,7 +54,9 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 def linear(
     x: Tensor, weight: PackedWeight, bias: Tensor | None, side: Tensor | None, side_weight: Tensor | None
 ) -> Tensor:
-    """x W^T + side side_weight^T + bias in x's dtype; x [..., in_features]."""
+    """x W^T + side side_weight^T + bias in x's dtype; x [..., in_features]; weight.compute as on the CPU."""
+    if weight.compute == 1:
+        return linear_int8_activations(x, dequantize(weight, torch.float32), bias, side, side_weight)
     y = x @ dequantize(weight, x.dtype).t()
     if side is not None and side_weight is not None:
         y = y + side.to(x.dtype) @ side_weight.to(x.dtype).t()
@@ -69,12 +72,13 @@ def grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weight
 
 
 def explain_linear(
-    out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool
+    out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool, compute: int = 0
 ) -> dict[str, str]:
     """What would run, and why."""
+    rounded = compute == 1 and not grad_input
     return {
         "kernel": "dequantize + matmul",
         "isa": "torch",
-        "compute": str(dtype).removeprefix("torch."),
+        "compute": "int8 activations, fp32" if rounded else str(dtype).removeprefix("torch."),
         "reason": "this device has no kernels of nybble's own yet; torch does it with the dequantized weight",
     }

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from ..errors import LayoutError, UnsupportedDtypeError
 
+#: The core's codes of what activations are multiplied in, by the name that `QuantConfig.compute` has.
+COMPUTES: dict[str | None, int] = {None: 0, "int8": 1}
+
 #: fp32 values may also be held as their int32 bit patterns, which no `.to(dtype)` or mixed-precision policy rounds.
 _FLOAT_BITS = (torch.float32, torch.int32)
 
@@ -23,6 +26,7 @@ class PackedWeight(NamedTuple):
         nested_absmax, nested_map, nested_offset: fp32 or bits [ceil(nb / nested_block_size)], [256], [1]; None when
             the scales are plain.
         out_features, in_features, block_size, nested_block_size: sizes; block_size is 0 for int8.
+        compute: one of `COMPUTES`: 0, activations keep their precision; 1, `linear` rounds each row of x to int8.
     """
 
     packed: Tensor
@@ -35,6 +39,7 @@ class PackedWeight(NamedTuple):
     in_features: int
     block_size: int
     nested_block_size: int
+    compute: int = 0
 
     @property
     def is_int8(self) -> bool:
@@ -43,6 +48,8 @@ class PackedWeight(NamedTuple):
 
     def check(self) -> None:
         """Raises LayoutError or UnsupportedDtypeError unless each tensor has the size and dtype that kernels read."""
+        if self.compute not in (0, 1):
+            raise LayoutError(f"compute is {self.compute}; allowed are 0 (native) and 1 (int8 activations)")
         count = self.out_features * self.in_features
         for name, tensor in zip(self._fields[1:6], self[1:6], strict=True):
             if tensor is not None and tensor.device != self.packed.device:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import CheckpointError
@@ -133,7 +133,7 @@ def quantization_config(
     """
     settings = list(used)
     formats = {setting.format_name for setting in settings}
-    own = {"nybble": config.to_dict()}
+    own = {"nybble": _stored(config).to_dict()}
     if len(formats) != 1 or not formats <= {*_BNB_4BIT, "int8"}:
         return {"quant_method": "nybble", "modules_to_not_convert": not_converted, **own}
     name = formats.pop()
@@ -154,6 +154,15 @@ def quantization_config(
         "quant_method": "bitsandbytes",
         **own,
     }
+
+
+def _stored(config: QuantConfig) -> QuantConfig:
+    """`config` without what tells only how a layer computes: a file says what its bytes are."""
+    overrides = {
+        pattern: {k: v for k, v in override.items() if k != "compute"} if isinstance(override, Mapping) else override
+        for pattern, override in config.overrides.items()
+    }
+    return replace(config, compute=None, overrides=overrides)
 
 
 def source_quantization(config: Mapping[str, Any] | None) -> str | None:

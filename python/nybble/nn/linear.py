@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..backends import PackedWeight
-from ..backends.weight import as_float
+from ..backends.weight import COMPUTES, as_float
 from ..errors import LayoutError, UnsupportedDtypeError
 from ..formats import NESTED_BLOCK_SIZE, QuantConfig
 from ..tensor import QuantTensor
@@ -173,6 +173,7 @@ class QuantLinear(nn.Module):
             self.in_features,
             self.config.block_size if self.codebook is not None else 0,
             self.nested_block_size,
+            COMPUTES[self.config.compute],
         )
 
     def quant_tensor(self) -> QuantTensor:
@@ -202,15 +203,16 @@ class QuantLinear(nn.Module):
         return self.quant_tensor().dequantize(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in_features] -> [..., out_features] in x's dtype; computes in x's dtype or better."""
+        """x [..., in_features] -> [..., out_features] in x's dtype, in which it computes or better (config.compute)."""
         return ops.linear(x, self.packed_weight(), self.bias)
 
     def extra_repr(self) -> str:
         scales = ", double_quant" if self.nested_absmax is not None else ""
         blocks = f", block_size={self.config.block_size}" if self.config.is_4bit else ""
+        compute = "" if self.config.compute is None else f", compute={self.config.compute}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"format={self.config.format_name}{blocks}{scales}"
+            f"format={self.config.format_name}{blocks}{scales}{compute}"
         )
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
@@ -291,7 +293,7 @@ def _cloned(tensor: QuantTensor) -> QuantTensor:
 def _describe(tensor: QuantTensor, config: QuantConfig) -> QuantConfig:
     """`config` if it describes the tensor's layout, else one that does."""
     if tensor.codebook is None:
-        return config if not config.is_4bit else QuantConfig(format="int8", double_quant=False)
+        return config if not config.is_4bit else QuantConfig(format="int8", double_quant=False, compute=config.compute)
     same = (
         config.format_name == tensor.format != "custom"
         and config.block_size == tensor.block_size
