@@ -409,21 +409,20 @@ static void sum_codes(const Int8Job& job, int64_t first_column, int64_t width, i
   if (length == 0) {
     memset(memory->sums, 0, static_cast<size_t>(divide_up(rows, kXRows) * kXRows * job.tile) * sizeof(float));
   }
-#ifdef NYBBLE_AMX
-  const TileConfig config;
-  _tile_loadconfig(&config);
-#endif
   for (int64_t at = 0; at < length; at += kGroup) {
     const int64_t count = smaller(kGroup, length - at);
     decode_tile(job, first_column, width, at, count, &memory->w);
+#ifdef NYBBLE_AMX
+    begin_tiles();
+#endif
     for (int64_t row = 0; row < rows; row += kXRows) {
       multiply_codes(memory->w, divide_up(width, 64) * 64, job.x, first_row + row, rows - row, at / kCodesOfStep,
                      divide_up(count, kCodesOfTurn) * kLanes, at == 0, memory->sums + row * job.tile);
     }
-  }
 #ifdef NYBBLE_AMX
-  _tile_release();
+    _tile_release();
 #endif
+  }
 }
 
 template <class Step>

@@ -3,6 +3,16 @@
 
 constexpr int64_t kTileBytes = 1024;
 
+// GCC's tile intrinsics do not tell it all that they read: it may drop or delay stores that only a tile load sees. So
+// the configuration is a constant, and a fence for the compiler stands before tiles are read.
+constexpr TileConfig kTileConfig;
+static inline void begin_tiles() {
+#if defined(__GNUC__)
+  __asm__ volatile("" : : : "memory");
+#endif
+  _tile_loadconfig(&kTileConfig);
+}
+
 // sums[32][32] = 32 rows of W times two blocks of x. Tiles 0 to 3: sums; 4, 5: W; 6, 7: x.
 static inline void dot_tiles_32(const int8_t* w, int64_t w_stride, const char* x, const char* x_next, int64_t tiles,
                                 int32_t* sums) {
