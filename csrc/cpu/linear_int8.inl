@@ -190,8 +190,9 @@ static inline void decode_code_run(const uint8_t* packed, int64_t start, int64_t
   if (i < count) out[i] = codes[*p >> 4];
 }
 
-// The codes of `count` <= kGroup elements of a 4-bit tensor from flat element `start` on; returns their scale.
-static float decode_group(const Packed4& source, float largest_code, int64_t start, int64_t count, int8_t* out) {
+// The codes of `count` <= kGroup elements of a 4-bit tensor from flat element `start` on; returns their scale. `unit`
+// is the codebook's largest magnitude / 127.
+static float decode_group(const Packed4& source, float unit, int64_t start, int64_t count, int8_t* out) {
   float scales[kGroup / kMinBlock + 1];
   const int shift = source.block_shift;
   const int64_t first = start >> shift;
@@ -202,7 +203,7 @@ static float decode_group(const Packed4& source, float largest_code, int64_t sta
     const uint32_t magnitude = bits_of(scales[block - first]) & 0x7FFFFFFFU;
     largest = magnitude > largest ? magnitude : largest;
   }
-  const float by = float_of(largest) * largest_code / 127.0F;
+  const float by = float_of(largest) * unit;
   // Nothing but zeros (or what is below 1e-40), or a damaged scale, which shows as NaN.
   if (!(by >= 0x1p-140F && by < float_of(kInfinity))) {
     memset(out, 0, static_cast<size_t>(count));
@@ -244,7 +245,7 @@ struct Int8Job {
   const LinearArgs* args;
   CodesOfX x;
   Operand side;
-  float largest_code;
+  float unit;    // of decode_group
   int64_t tile;  // rows of W
   int64_t tiles;
   int64_t rows_per_task;
@@ -254,7 +255,7 @@ struct Int8Job {
 static float codes_of_row(const Int8Job& job, int64_t row, int64_t column, int64_t count, int8_t* out) {
   const Weight& weight = job.args->weight;
   const int64_t start = row * weight.cols + column;
-  if (!weight.is_int8()) return decode_group(weight.packed4, job.largest_code, start, count, out);
+  if (!weight.is_int8()) return decode_group(weight.packed4, job.unit, start, count, out);
   memcpy(out, weight.rows8.q + start, static_cast<size_t>(count));
   return weight.rows8.absmax[row] / 127.0F;
 }
@@ -459,7 +460,7 @@ static Status linear_int8_as(const LinearArgs& args) {
   Int8Job job;
   job.args = &args;
   job.failure = &failure;
-  job.largest_code = args.weight.is_int8() ? 0.0F : largest_code(args.weight.packed4.codebook);
+  job.unit = args.weight.is_int8() ? 0.0F : largest_code(args.weight.packed4.codebook) / 127.0F;
   job.tile = args.m <= kFewRows ? kNarrowTile : kWideTile;
   job.tiles = divide_up(args.columns(), job.tile);
   job.rows_per_task = divide_up(rows_per_task(args.m, job.tiles, args.threads), kXRows) * kXRows;
