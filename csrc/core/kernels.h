@@ -116,6 +116,7 @@ struct KernelTable {
   Status (*linear_small_m)(const LinearArgs&);
   Status (*linear_panel)(const LinearArgs&);
   Status (*linear_tiles)(const LinearArgs&);  // null where the ISA has no matrix unit; bf16 only
+  Status (*linear_int8)(const LinearArgs&);   // Compute::int8, forward only
 };
 
 }  // namespace nybble

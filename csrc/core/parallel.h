@@ -29,7 +29,7 @@ class Failure {
 // Grow-only scratch of the calling thread, 64-byte aligned, reused from call to call because a fresh large buffer costs
 // its page faults (dequantizing 4096 x 11008: 35 ms into new memory, 3.7 ms into a reused buffer, measured on Zen 4).
 // Null when memory cannot be had. Slots are independent; a slot's content is undefined after each call.
-enum class Slot : int { panel, rows, accumulators, inputs, side, count };
+enum class Slot : int { panel, rows, accumulators, sums, inputs, side, count };
 void* scratch(Slot slot, size_t bytes);
 
 // Gives back the slots of the calling thread that have grown over 64 MiB.

@@ -20,6 +20,7 @@
 
 namespace nybble::cpu::avx2 {
 #include "cpu/simd_avx2.h"
+#include "cpu/simd_int8_avx2.h"
 #include "cpu/bodies.inl"
 }  // namespace nybble::cpu::avx2
 

@@ -21,6 +21,7 @@
 
 namespace nybble::cpu::avx512 {
 #include "cpu/simd_avx512.h"
+#include "cpu/simd_int8_avx512.h"
 #include "cpu/bodies.inl"
 }  // namespace nybble::cpu::avx512
 

@@ -2,6 +2,7 @@
 // NYBBLE_ISA_NAME names it; NYBBLE_BF16_DOT and NYBBLE_AMX say what it has beyond fp32.
 #include "cpu/codec.inl"
 #include "cpu/linear_panel.inl"
+#include "cpu/linear_int8.inl"
 #include "cpu/linear_small_m.inl"
 #ifdef NYBBLE_AMX
 #include "cpu/linear_tiles.inl"
@@ -18,5 +19,5 @@ constexpr bool kBf16Dot = false;
 extern const KernelTable kTable;
 const KernelTable kTable = {
     NYBBLE_ISA_NAME, kBf16Dot,        quantize_4bit,  dequantize_4bit, quantize_8bit, dequantize_8bit,
-    quantize_int8,   dequantize_int8, linear_small_m, linear_panel,    linear_tiles,
+    quantize_int8,   dequantize_int8, linear_small_m, linear_panel,    linear_tiles,  linear_int8,
 };

@@ -15,21 +15,26 @@ struct Kernel {
   bool pairs;  // bf16 activations are multiplied as bf16 pairs where the ISA can
 };
 
+// grad_input has no int8 arithmetic: `compute` is for the forward.
+bool wants_int8(const LinearArgs& args) { return args.compute == Compute::int8 && !args.grad_input; }
+bool runs_int8(const LinearArgs& args) { return wants_int8(args); }
 bool runs_small_m(const LinearArgs& args) {
   // The kernel holds 8 rows of x; a word of 8 packed elements must lie in one row and one block.
-  return !args.grad_input && args.m <= 8 && (args.weight.is_int8() || args.weight.cols % 8 == 0);
+  return !wants_int8(args) && !args.grad_input && args.m <= 8 && (args.weight.is_int8() || args.weight.cols % 8 == 0);
 }
-bool runs_panel(const LinearArgs&) { return true; }
-bool runs_tiles(const LinearArgs& args) { return args.dtype == DType::bf16; }
+bool runs_panel(const LinearArgs& args) { return !wants_int8(args); }
+bool runs_tiles(const LinearArgs& args) { return !wants_int8(args) && args.dtype == DType::bf16; }
 
 const Kernel kKernels[] = {
     {"linear_small_m", &KernelTable::linear_small_m, runs_small_m, false},
     {"linear_panel", &KernelTable::linear_panel, runs_panel, true},
     {"linear_tiles", &KernelTable::linear_tiles, runs_tiles, true},
+    {"linear_int8", &KernelTable::linear_int8, runs_int8, false},
 };
 const Kernel& kSmallM = kKernels[0];
 const Kernel& kPanel = kKernels[1];
 const Kernel& kTiles = kKernels[2];
+const Kernel& kInt8 = kKernels[3];
 
 const Kernel* find(const std::string& name) {
   for (const Kernel& kernel : kKernels) {
@@ -56,6 +61,7 @@ bool can_run(const Kernel& kernel, const KernelTable& table, const LinearArgs& a
 }
 
 Choice with(const Kernel& kernel, const KernelTable& table, const LinearArgs& args, const char* reason) {
+  if (&kernel == &kInt8) return {kernel.name, reason, "int8 x int8, int32 accumulation", table.*kernel.entry};
   const bool pairs = kernel.pairs && table.bf16_dot && args.dtype == DType::bf16;
   return {kernel.name, reason, pairs ? "bf16 pairs, fp32 accumulation" : "fp32", table.*kernel.entry};
 }
@@ -69,6 +75,9 @@ Choice choose_linear(const KernelTable& table, const LinearArgs& args) {
   const Kernel* wanted = forced_now();
   if (wanted != nullptr && can_run(*wanted, table, args)) return with(*wanted, table, args, "it was forced");
   const bool tiles = can_run(kTiles, table, args);
+  if (wants_int8(args)) {
+    return with(kInt8, table, args, "int8 compute was asked for: rows of x are quantized on the fly, one scale a row");
+  }
   if (args.grad_input) {
     if (tiles)
       return with(kTiles, table, args, "bf16 and a matrix unit, which takes the weight without transposing it");

@@ -48,7 +48,8 @@ struct Features {
     avx2 = (state & 0x6) == 0x6 && fma_f16c && (leaf7[1] & (1 << 5)) != 0;
     const unsigned needed = (1U << 16) | (1U << 17) | (1U << 30) | (1U << 31);
     avx512 = avx2 && (state & 0xE6) == 0xE6 && (static_cast<unsigned>(leaf7[1]) & needed) == needed;
-    avx512bf16 = avx512 && (leaf71[0] & (1 << 5)) != 0;
+    const bool vnni = (leaf7[2] & (1 << 11)) != 0;
+    avx512bf16 = avx512 && vnni && (leaf71[0] & (1 << 5)) != 0;
   }
 };
 const Features& features() {
@@ -73,7 +74,9 @@ bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
 }
-bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_avx512bf16() {
+  return has_avx512() && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+}
 bool vendor(unsigned* eax, unsigned* ebx, unsigned* ecx, unsigned* edx) {
   return __get_cpuid(0, eax, ebx, ecx, edx) != 0;
 }
@@ -85,9 +88,9 @@ bool vendor(unsigned* eax, unsigned* ebx, unsigned* ecx, unsigned* edx) {
 bool has_amx() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   if (!has_avx512bf16() || __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) == 0) return false;
-  constexpr unsigned kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;
+  constexpr unsigned kTiles = 1U << 22 | 1U << 24 | 1U << 25;  // AMX-BF16, AMX-TILE, AMX-INT8
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  return (edx & kAmxBf16) != 0 && (edx & kAmxTile) != 0 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return (edx & kTiles) == kTiles && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #elif NYBBLE_X86
 bool has_amx() { return false; }

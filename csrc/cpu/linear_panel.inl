@@ -17,6 +17,7 @@
 constexpr int64_t kStrip = kTileVectors * kLanes;
 constexpr int64_t kChunk = 512;          // contraction indices decoded at a time
 constexpr int64_t kForwardColumns = 64;  // rows of W in a tile
+constexpr int64_t kMostColumns = 256;    // of a tile that finish() takes
 constexpr int64_t kGradColumns = 128;    // columns of W in a tile: 64 packed bytes, one cache line
 constexpr int64_t kRowsOfTask = 1024;    // rows of x that share one decode
 
@@ -323,7 +324,7 @@ static void contract(const Source& source, const Operand& operand, int64_t lengt
 
 static void finish(const LinearArgs& args, int64_t first_row, int64_t rows, int64_t first_column, int64_t width,
                    float* acc) {
-  alignas(64) float bias[kGradColumns];
+  alignas(64) float bias[kMostColumns];
   if (args.bias != nullptr) load_floats(args.bias, args.bias_dtype, first_column, width, bias);
   for (int64_t row = 0; row < rows; ++row) {
     float* sums = acc + row * strips_of(width);

@@ -21,6 +21,7 @@
 
 namespace nybble::cpu::neonbf16 {
 #include "cpu/simd_neon.h"
+#include "cpu/simd_int8_generic.h"
 #include "cpu/bodies.inl"
 }  // namespace nybble::cpu::neonbf16
 

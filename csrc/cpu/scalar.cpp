@@ -9,5 +9,6 @@
 
 namespace nybble::cpu::scalar {
 #include "cpu/simd_scalar.h"
+#include "cpu/simd_int8_generic.h"
 #include "cpu/bodies.inl"
 }  // namespace nybble::cpu::scalar

@@ -16,9 +16,14 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// GCC's tile intrinsics do not tell it all that they read: it may drop or delay stores that only a tile load sees. So
+// the configuration is a constant, and a fence for the compiler stands before tiles are read.
+constexpr TileConfig kTileConfig;
 static inline void open_tiles() {
-  const TileConfig config;
-  _tile_loadconfig(&config);
+#if defined(__GNUC__)
+  __asm__ volatile("" : : : "memory");
+#endif
+  _tile_loadconfig(&kTileConfig);
 }
 static inline void close_tiles() { _tile_release(); }
 
