@@ -68,7 +68,7 @@ struct WeightRows {
   }
 
   // Rows are far apart and only a piece of each is wanted, which a hardware prefetcher does not follow.
-  void fetch(int64_t row, int64_t column, int64_t count) const {
+  NYBBLE_INLINE void fetch(int64_t row, int64_t column, int64_t count) const {
     if (row >= weight->rows || column >= weight->cols) return;
     const int64_t start = row * weight->cols + column;
     const char* from = weight->is_int8() ? reinterpret_cast<const char*>(weight->rows8.q + start)
@@ -92,7 +92,7 @@ struct DenseRows {
     from_floats(values, count, out);
   }
 
-  void fetch(int64_t, int64_t, int64_t) const {}
+  NYBBLE_INLINE void fetch(int64_t, int64_t, int64_t) const {}
 };
 
 // Columns of a tile that are computed: whole strips.

@@ -1,126 +1,204 @@
-// The small-M forward: lanes along the contraction, a few rows of W at once, nothing written but the outputs. Memory
-// bound, so each packed byte is read once and decoded in registers.
+// The small-M forward: lanes along the contraction, a few rows of W at once, nothing written but the outputs. Bound by
+// reading the weight or by decoding it, so each packed byte is read once and decoded in registers.
 //
 // 4 bit: a register of packed bytes is kLanes words of eight elements, and lookups see only an index's low four bits,
-// so a shift and a lookup decode an element of every word: 8 shifts, 8 lookups, 8 multiply-adds for 8 * kLanes weights.
-// x is held as fp32 in that order, arranged once per call. A word must lie in one block: in_features is a multiple
-// of 8. The block's scale is applied to the sum of a word's products, once for 8 weights.
+// so a shift and a lookup decode an element of every word. x is held as fp32 in that order, arranged once per call. A
+// word must lie in one block: in_features is a multiple of 8. For one or two rows of x the block's scale is applied to
+// the sum of a word's products, once for 8 weights; for more it costs less to scale the weights.
+//
+// The rows that are decoded together lie far apart, so that each is a long stream of its own for the prefetchers.
 
 constexpr int64_t kRowsOfStrip = 64;  // rows of W in a task
 constexpr int kSmallM = 8;
 constexpr int64_t kWord = 8;               // elements of a word
 constexpr int64_t kUnit = kWord * kLanes;  // elements of a register
-constexpr int64_t kSegment = 4096;         // elements of a row whose scales are decoded at a time
-constexpr int64_t kScales = kSegment / kMinBlock + 1 + kLanes;
+constexpr int64_t kMostSegment = 4096;
+constexpr int64_t kScales = kMostSegment / kMinBlock + 1 + kLanes;
+constexpr int64_t kPrefetch = 512;  // bytes ahead in a row of W
 
-static_assert(kSegment % kMaxBlock == 0 && kSegment % kUnit == 0, "a segment is whole blocks and registers");
+// Columns of W that all rows of a task are multiplied with before the next: their part of x stays in L1.
+constexpr int64_t segment_for(int m) { return m <= 2 ? kMostSegment : 2 * kMostSegment / m; }
+// Rows of W at once: their sums stay in registers.
+constexpr int rows_together(int m) {
+  return kSmallSums / m < 1 ? 1 : kSmallSums / m < kSmallRows ? kSmallSums / m : kSmallRows;
+}
+
+static_assert(segment_for(kSmallM) % kUnit == 0, "a segment is whole registers");
 
 struct SmallJob {
   const LinearArgs* args;
-  const float* x;     // 4-bit: [m][unit][element of a word][lane]; int8: [m][cols]
-  int64_t stride;     // floats of a row of x
+  const float* x;     // 4-bit: [unit][element of a word][m][lane]; int8: [m][cols]
   const float* side;  // [m][rank], null without side path
   bool scale_first;   // x is so large or so small that products with the bare codes would leave fp32's range
 };
 
 // ---- 4 bit ----------------------------------------------------------------------------------------------------------
 
-// sums += products of one element of every word with M rows of x.
-template <int M, int Element, bool ScaleFirst>
-static inline void multiply_element(const Table& codes, I32 words, const F32& scales, const float* x, int64_t stride,
-                                    F32* sums) {
-  F32 weight = lookup(codes, shift_right<4 * Element>(words));
-  if (ScaleFirst) weight = mul(weight, scales);
+// sums[row * M + m] (+)= the products of one element of every word of `Rows` rows of W with M rows of x.
+template <int Rows, int M, int Element, bool ScaleFirst>
+static NYBBLE_INLINE void multiply_element(const Table& codes, const I32* words, const F32* scales, const float* x,
+                                           F32* sums) {
+  F32 weights[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    weights[r] = lookup(codes, shift_right<4 * Element>(words[r]));
+    if (ScaleFirst) weights[r] = mul(weights[r], scales[r]);
+  }
   for (int m = 0; m < M; ++m) {
-    const F32 values = load(x + m * stride + Element * kLanes);
-    sums[m] = Element == 0 && !ScaleFirst ? mul(weight, values) : fma(weight, values, sums[m]);
+    const F32 values = load(x + (Element * M + m) * kLanes);
+    for (int r = 0; r < Rows; ++r) {
+      F32* to = sums + r * M + m;
+      *to = Element == 0 && !ScaleFirst ? mul(weights[r], values) : fma(weights[r], values, *to);
+    }
   }
 }
 
-template <int M, bool ScaleFirst>
-static inline void multiply_words(const Table& codes, I32 words, F32 scales, const float* x, int64_t stride,
-                                  F32* sums) {
-  F32 products[M];
+template <int Rows, int M, bool ScaleFirst>
+static NYBBLE_INLINE void multiply_words(const Table& codes, const I32* words, const F32* scales, const float* x,
+                                         F32* sums) {
+  F32 products[Rows * M];
   F32* to = ScaleFirst ? sums : products;
-  multiply_element<M, 0, ScaleFirst>(codes, words, scales, x, stride, to);
-  multiply_element<M, 1, ScaleFirst>(codes, words, scales, x, stride, to);
-  multiply_element<M, 2, ScaleFirst>(codes, words, scales, x, stride, to);
-  multiply_element<M, 3, ScaleFirst>(codes, words, scales, x, stride, to);
-  multiply_element<M, 4, ScaleFirst>(codes, words, scales, x, stride, to);
-  multiply_element<M, 5, ScaleFirst>(codes, words, scales, x, stride, to);
-  multiply_element<M, 6, ScaleFirst>(codes, words, scales, x, stride, to);
-  multiply_element<M, 7, ScaleFirst>(codes, words, scales, x, stride, to);
-  for (int m = 0; m < M && !ScaleFirst; ++m) sums[m] = fma(products[m], scales, sums[m]);
+  multiply_element<Rows, M, 0, ScaleFirst>(codes, words, scales, x, to);
+  multiply_element<Rows, M, 1, ScaleFirst>(codes, words, scales, x, to);
+  multiply_element<Rows, M, 2, ScaleFirst>(codes, words, scales, x, to);
+  multiply_element<Rows, M, 3, ScaleFirst>(codes, words, scales, x, to);
+  multiply_element<Rows, M, 4, ScaleFirst>(codes, words, scales, x, to);
+  multiply_element<Rows, M, 5, ScaleFirst>(codes, words, scales, x, to);
+  multiply_element<Rows, M, 6, ScaleFirst>(codes, words, scales, x, to);
+  multiply_element<Rows, M, 7, ScaleFirst>(codes, words, scales, x, to);
+  for (int r = 0; r < Rows && !ScaleFirst; ++r) {
+    for (int m = 0; m < M; ++m) sums[r * M + m] = fma(products[r * M + m], scales[r], sums[r * M + m]);
+  }
 }
 
-// The block of every lane's word, counted from the one that holds flat element `start`'s segment.
+// The block of every lane's word, counted from the block of an element that lies `offset` elements into its own.
 static inline I32 blocks_of_lanes(int64_t offset, int shift) {
   alignas(64) uint32_t blocks[kLanes];
   for (int i = 0; i < kLanes; ++i) blocks[i] = static_cast<uint32_t>((offset + i * kWord) >> shift);
   return load_words(reinterpret_cast<const uint8_t*>(blocks));
 }
 
-// out[m * kRowsOfStrip + r] = row first + r of W times row m of x. `Aligned`: blocks begin where the rows begin.
-template <int Rows, int M, bool ScaleFirst, bool Aligned>
-static void multiply_packed_rows(const SmallJob& job, int64_t first, float* out) {
-  const int64_t cols = job.args->weight.cols;
-  const Packed4 source = job.args->weight.packed4;
+// The columns [first, first + width) of W that rows are multiplied with before the next columns are.
+struct Segment {
+  int64_t first;
+  int64_t width;
+};
+
+// A row's part in a segment: where its bytes lie, its scales, and how far into a block it begins.
+struct RowPart {
+  alignas(64) float scales[kScales];
+  const uint8_t* packed;
+  int64_t offset;
+};
+
+static inline void open_row(const Weight& weight, int64_t row, Segment segment, RowPart* part) {
+  const Packed4& source = weight.packed4;
   const int shift = source.block_shift;
-  const int64_t row_bytes = cols / 2;
-  const Table codes = load_table(source.codebook);
+  const int64_t start = row * weight.cols + segment.first;
+  const int64_t block = start >> shift;
+  const int64_t blocks = ((start + segment.width - 1) >> shift) - block + 1;
+  part->packed = source.packed + start / 2;
+  part->offset = start - (block << shift);
+  prefetch(source.scales.address(block + (weight.cols >> shift)));  // the next row's
+  load_scales(source.scales, block, blocks, part->scales);
+  for (int i = 0; i < kLanes; ++i) part->scales[blocks + i] = 0.0F;  // lanes behind the last block read these
+}
+
+// sums += the products of a register of every row, from column `at` of the segment on. `Aligned`: blocks begin where
+// the rows begin, so one vector of blocks serves everywhere.
+template <int Rows, int M, bool ScaleFirst, bool Aligned>
+static NYBBLE_INLINE void multiply_unit(const Table& codes, const RowPart* parts, const uint8_t* const* bytes,
+                                        int64_t at, int shift, I32 aligned_blocks, const float* x, F32* sums) {
+  I32 words[Rows];
+  F32 scales[Rows];
+  for (int r = 0; r < Rows; ++r) {
+    const int64_t place = at + parts[Aligned ? 0 : r].offset;
+    const I32 blocks = Aligned ? aligned_blocks : blocks_of_lanes(place & ((int64_t{1} << shift) - 1), shift);
+    scales[r] = spread(parts[r].scales + (place >> shift), blocks);
+    words[r] = load_words(bytes[r]);
+  }
+  multiply_words<Rows, M, ScaleFirst>(codes, words, scales, x, sums);
+}
+
+// Rows `first`, first + step, ... of W: partial[r * partial_step + m * kLanes] += their products, lane by lane.
+template <int Rows, int M, bool ScaleFirst, bool Aligned>
+static NYBBLE_INLINE void multiply_rows(const SmallJob& job, int64_t first, int64_t step, Segment segment,
+                                        float* partial, int64_t partial_step) {
+  const Weight& weight = job.args->weight;
+  const int shift = weight.packed4.block_shift;
+  const Table codes = load_table(weight.packed4.codebook);
   const I32 aligned_blocks = blocks_of_lanes(0, shift);
-  F32 sums[Rows][M];
+  RowPart parts[Rows];
+  const uint8_t* bytes[Rows];
+  F32 sums[Rows * M];
   for (int r = 0; r < Rows; ++r) {
-    for (int m = 0; m < M; ++m) sums[r][m] = zero();
+    open_row(weight, first + r * step, segment, parts + r);
+    bytes[r] = parts[r].packed;
+    for (int m = 0; m < M; ++m) {
+      sums[r * M + m] = segment.first == 0 ? zero() : load(partial + r * partial_step + m * kLanes);
+    }
   }
-  alignas(64) float scales[Rows][kScales];
-  alignas(64) uint8_t tail[Rows][kUnit / 2];
-  for (int64_t segment = 0; segment < cols; segment += kSegment) {
-    const int64_t width = smaller(kSegment, cols - segment);
-    const int64_t whole = width / kUnit * kUnit;
-    int64_t offset[Rows];  // of the segment in its first block
+  const int64_t whole = segment.width / kUnit * kUnit;
+  const float* x = job.x + segment.first * M;
+  for (int64_t at = 0; at < whole; at += kUnit, x += kUnit * M) {
+    // Behind the segment's end comes the next row's.
+    const int64_t next =
+        at / 2 + kPrefetch < segment.width / 2 ? kPrefetch : kPrefetch + (weight.cols - segment.width) / 2;
+    for (int r = 0; r < Rows; ++r) prefetch_near(bytes[r] + next);
+    multiply_unit<Rows, M, ScaleFirst, Aligned>(codes, parts, bytes, at, shift, aligned_blocks, x, sums);
+    for (int r = 0; r < Rows; ++r) bytes[r] += kUnit / 2;
+  }
+  if (whole < segment.width) {
+    alignas(64) uint8_t rest[Rows][kUnit / 2] = {};
     for (int r = 0; r < Rows; ++r) {
-      const int64_t start = (first + r) * cols + segment;
-      const int64_t blocks = ((start + width - 1) >> shift) - (start >> shift) + 1;
-      offset[r] = start - (start >> shift << shift);
-      load_scales(source.scales, start >> shift, blocks, scales[r]);
-      for (int i = 0; i < kLanes; ++i) scales[r][blocks + i] = 0.0F;
-      if (whole < width) {
-        memset(tail[r], 0, sizeof tail[r]);
-        memcpy(tail[r], source.packed + (start + whole) / 2, static_cast<size_t>((width - whole) / 2));
-      }
+      memcpy(rest[r], bytes[r], static_cast<size_t>((segment.width - whole) / 2));
+      bytes[r] = rest[r];
     }
-    const uint8_t* packed = source.packed + (first * cols + segment) / 2;
-    // The whole registers, then the rest of a row, from the buffer that fills it up with zeros.
-    for (int64_t at = 0; at < width; at += kUnit) {
-      const bool in_place = at < whole;
-      const float* x = job.x + segment + at;
-      for (int r = 0; r < Rows; ++r) {
-        const uint8_t* from = in_place ? packed + r * row_bytes + at / 2 : tail[r];
-        // The same place of the next group of rows: it is wanted when this group is done.
-        prefetch(packed + (r + Rows) * row_bytes + at / 2);
-        const int64_t place = Aligned ? at : at + offset[r];
-        const I32 blocks = Aligned ? aligned_blocks : blocks_of_lanes(place - (place >> shift << shift), shift);
-        const F32 by = spread(scales[r] + (place >> shift), blocks);
-        multiply_words<M, ScaleFirst>(codes, load_words(from), by, x, job.stride, sums[r]);
-      }
-    }
+    multiply_unit<Rows, M, ScaleFirst, Aligned>(codes, parts, bytes, whole, shift, aligned_blocks, x, sums);
   }
   for (int r = 0; r < Rows; ++r) {
-    for (int m = 0; m < M; ++m) out[m * kRowsOfStrip + r] = sum(sums[r][m]);
+    for (int m = 0; m < M; ++m) store(partial + r * partial_step + m * kLanes, sums[r * M + m]);
+  }
+}
+
+// Rows [first, first + Rows * step) of W; partial: [row][m][lane].
+template <int Rows, int M, bool ScaleFirst, bool Aligned>
+static void packed_rows_as(const SmallJob& job, int64_t first, int64_t step, Segment segment, float* partial) {
+  constexpr int64_t kOfRow = M * kLanes;
+  for (int64_t row = 0; row < step; ++row) {
+    multiply_rows<Rows, M, ScaleFirst, Aligned>(job, first + row, step, segment, partial + row * kOfRow, step * kOfRow);
   }
 }
 
 template <int Rows, int M>
-static void packed_rows(const SmallJob& job, int64_t first, float* out) {
+static void packed_rows(const SmallJob& job, int64_t first, int64_t step, Segment segment, float* partial) {
   const Weight& weight = job.args->weight;
   const bool aligned = weight.cols % weight.packed4.block_size() == 0;
-  if (aligned) {
-    return job.scale_first ? multiply_packed_rows<Rows, M, true, true>(job, first, out)
-                           : multiply_packed_rows<Rows, M, false, true>(job, first, out);
+  constexpr bool kScaleFirst = M > 2;
+  const auto multiply = kScaleFirst || job.scale_first
+                            ? aligned ? packed_rows_as<Rows, M, true, true> : packed_rows_as<Rows, M, true, false>
+                        : aligned ? packed_rows_as<Rows, M, kScaleFirst, true>
+                                  : packed_rows_as<Rows, M, kScaleFirst, false>;
+  multiply(job, first, step, segment, partial);
+}
+
+// out[m * kRowsOfStrip + r] = row first + r of W times row m of x, for `rows` rows.
+template <int M>
+static void multiply_packed(const SmallJob& job, int64_t first, int64_t rows, float* out) {
+  constexpr int kTogether = rows_together(M);
+  constexpr int64_t kOfRow = M * kLanes;
+  alignas(64) float partial[kRowsOfStrip * kOfRow];
+  const int64_t step = rows / kTogether;
+  const int64_t rest = step * kTogether;
+  const int64_t cols = job.args->weight.cols;
+  if (cols == 0) memset(partial, 0, sizeof partial);
+  for (int64_t column = 0; column < cols; column += segment_for(M)) {
+    const Segment segment{column, smaller(segment_for(M), cols - column)};
+    if (step > 0) packed_rows<kTogether, M>(job, first, step, segment, partial);
+    if (rest < rows) packed_rows<1, M>(job, first + rest, rows - rest, segment, partial + rest * kOfRow);
   }
-  return job.scale_first ? multiply_packed_rows<Rows, M, true, false>(job, first, out)
-                         : multiply_packed_rows<Rows, M, false, false>(job, first, out);
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int m = 0; m < M; ++m) out[m * kRowsOfStrip + row] = sum(load(partial + row * kOfRow + m * kLanes));
+  }
 }
 
 // ---- int8 -----------------------------------------------------------------------------------------------------------
@@ -138,7 +216,7 @@ static void int8_row(const SmallJob& job, int64_t row, float* out) {
     const F32 first = mul(load(q + i), broadcast(by));
     const F32 second = mul(load(q + i + kLanes), broadcast(by));
     for (int m = 0; m < M; ++m) {
-      const float* x = job.x + m * job.stride + i;
+      const float* x = job.x + m * job.args->weight.cols + i;
       sums[0][m] = fma(first, load(x), sums[0][m]);
       sums[1][m] = fma(second, load(x + kLanes), sums[1][m]);
     }
@@ -146,7 +224,7 @@ static void int8_row(const SmallJob& job, int64_t row, float* out) {
   for (int m = 0; m < M; ++m) out[m * kRowsOfStrip] = sum(add(sums[0][m], sums[1][m]));
   for (; i < weight.cols; ++i) {
     for (int m = 0; m < M; ++m) {
-      out[m * kRowsOfStrip] += static_cast<float>(q[i]) * by * job.x[m * job.stride + i];
+      out[m * kRowsOfStrip] += static_cast<float>(q[i]) * by * job.x[m * job.args->weight.cols + i];
     }
   }
 }
@@ -186,16 +264,13 @@ template <int M>
 static void small_m_task(void* context, int64_t index) {
   const SmallJob& job = *static_cast<const SmallJob*>(context);
   const LinearArgs& args = *job.args;
-  constexpr int kTogether = M == 1 ? kSmallRows : M <= 4 ? (kSmallRows + 1) / 2 : 1;
   const int64_t first = index * kRowsOfStrip;
   const int64_t rows = smaller(args.weight.rows - first, kRowsOfStrip);
   alignas(64) float out[M * kRowsOfStrip];
-  int64_t row = 0;
   if (args.weight.is_int8()) {
-    for (; row < rows; ++row) int8_row<M>(job, first + row, out + row);
+    for (int64_t row = 0; row < rows; ++row) int8_row<M>(job, first + row, out + row);
   } else {
-    for (; row + kTogether <= rows; row += kTogether) packed_rows<kTogether, M>(job, first + row, out + row);
-    for (; row < rows; ++row) packed_rows<1, M>(job, first + row, out + row);
+    multiply_packed<M>(job, first, rows, out);
   }
   if (args.side.rank > 0) add_side(job, first, rows, out);
   alignas(64) float bias[kRowsOfStrip];
@@ -211,28 +286,30 @@ static void small_m_task(void* context, int64_t index) {
 
 // ---- x --------------------------------------------------------------------------------------------------------------
 
-// A row of x in the order in which words of packed elements decode, with zeros behind its end.
-static void arrange_words(const float* from, int64_t count, float* to) {
-  for (int64_t lane = 0; lane * kWord < count; ++lane) {
-    float* unit = to + lane / kLanes * kUnit + lane % kLanes;
-    for (int64_t i = 0; i < kWord; ++i) unit[(i ^ 1) * kLanes] = from[lane * kWord + i];
+// kUnit elements of a row of x in the order in which words of packed elements decode; the next element of a word lies
+// `padded` lanes further on.
+static void arrange_unit(const float* from, int64_t padded, float* to) {
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    for (int64_t i = 0; i < kWord; ++i) to[(i ^ 1) * padded * kLanes + lane] = from[lane * kWord + i];
   }
 }
 
-static void arrange_inputs(const LinearArgs& args, int64_t padded, int64_t stride, float* to) {
+// Rows up to `padded` and elements behind the end become zeros.
+static void arrange_inputs(const LinearArgs& args, int64_t padded, float* to) {
   const int64_t cols = args.weight.cols;
-  memset(to, 0, static_cast<size_t>(padded * stride) * sizeof(float));
-  for (int64_t m = 0; m < args.m; ++m) {
-    float* row = to + m * stride;
-    if (args.weight.is_int8()) {
-      load_floats(args.x, args.dtype, m * args.x_stride, cols, row);
-      continue;
-    }
-    alignas(64) float values[kUnit];
-    for (int64_t at = 0; at < cols; at += kUnit) {
-      const int64_t count = smaller(kUnit, cols - at);
-      load_floats(args.x, args.dtype, m * args.x_stride + at, count, values);
-      arrange_words(values, count, row + at);
+  if (args.weight.is_int8()) {
+    memset(to + args.m * cols, 0, static_cast<size_t>((padded - args.m) * cols) * sizeof(float));
+    for (int64_t m = 0; m < args.m; ++m) load_floats(args.x, args.dtype, m * args.x_stride, cols, to + m * cols);
+    return;
+  }
+  alignas(64) float values[kUnit];
+  for (int64_t at = 0; at < cols; at += kUnit) {
+    const int64_t count = smaller(kUnit, cols - at);
+    for (int64_t m = 0; m < padded; ++m) {
+      const int64_t have = m < args.m ? count : 0;
+      if (have < kUnit) memset(values, 0, sizeof values);
+      if (have > 0) load_floats(args.x, args.dtype, m * args.x_stride + at, have, values);
+      arrange_unit(values, padded, to + at * padded + m * kLanes);
     }
   }
 }
@@ -265,13 +342,13 @@ static Status linear_small_m(const LinearArgs& args) {
   if (args.grad_input || args.m > kSmallM) return bad_argument("m", args.m);
   if (!args.weight.is_int8() && cols % kWord != 0) return bad_argument("in_features", cols);
   const int64_t padded = args.m <= 2 ? args.m : args.m <= 4 ? 4 : 8;
-  const int64_t stride = divide_up(cols, kUnit) * kUnit;
-  const int64_t bytes = padded * stride * 4;
+  const int64_t count = padded * (args.weight.is_int8() ? cols : divide_up(cols, kUnit) * kUnit);
+  const int64_t bytes = count * 4;
   auto* x = static_cast<float*>(scratch(Slot::inputs, static_cast<size_t>(bytes)));
   if (x == nullptr) return out_of_memory(bytes);
-  arrange_inputs(args, padded, stride, x);
-  SmallJob job{&args, x, stride, nullptr, false};
-  if (!args.weight.is_int8()) job.scale_first = leaves_range(x, args.m * stride, args.weight.packed4.codebook);
+  arrange_inputs(args, padded, x);
+  SmallJob job{&args, x, nullptr, false};
+  if (!args.weight.is_int8()) job.scale_first = leaves_range(x, count, args.weight.packed4.codebook);
   if (args.side.rank > 0) {
     Operand side;
     const Status status = prepare<StepF32>(args.side.left, args.side.left_dtype, args.m, args.side.rank, args.side.rank,

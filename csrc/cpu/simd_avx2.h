@@ -5,6 +5,7 @@ constexpr int kLanes = 8;
 constexpr int kTileRows = 6;  // 6 x 2 accumulators + 2 operands + 1 broadcast of the 16 registers
 constexpr int kTileVectors = 2;
 constexpr int kSmallRows = 2;
+constexpr int kSmallSums = 8;
 
 using F32 = __m256;
 using I32 = __m256i;
@@ -25,7 +26,9 @@ static inline float sum(F32 v) {
   const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
-static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+static NYBBLE_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+// Into the first-level cache.
+static NYBBLE_INLINE void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 static inline F32 load(const Bf16* p) {
   const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

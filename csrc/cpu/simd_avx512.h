@@ -4,7 +4,8 @@
 constexpr int kLanes = 16;
 constexpr int kTileRows = 6;  // 6 x 4 accumulators + 4 operands + 1 broadcast of the 32 registers
 constexpr int kTileVectors = 4;
-constexpr int kSmallRows = 4;  // weight rows in flight in the small-M kernel
+constexpr int kSmallRows = 4;   // weight rows in flight in the small-M kernel
+constexpr int kSmallSums = 16;  // and their sums in registers
 
 using F32 = __m512;
 using I32 = __m512i;
@@ -27,7 +28,9 @@ static inline float sum(F32 v) {
   const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));
   return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
-static inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+static NYBBLE_INLINE void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
+// Into the first-level cache.
+static NYBBLE_INLINE void prefetch_near(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 static inline F32 load(const Bf16* p) {
   const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -5,6 +5,7 @@ constexpr int kLanes = 4;
 constexpr int kTileRows = 5;  // 5 x 4 accumulators + 4 operands + 5 of x of the 32 registers; with 6 GCC spills two
 constexpr int kTileVectors = 4;
 constexpr int kSmallRows = 2;
+constexpr int kSmallSums = 16;
 
 using F32 = float32x4_t;
 using I32 = uint32x4_t;
@@ -19,11 +20,19 @@ static inline F32 div(F32 a, F32 b) { return vdivq_f32(a, b); }
 static inline F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
 static inline F32 clamp_unit(F32 v) { return vmaxq_f32(vminq_f32(v, vdupq_n_f32(1.0F)), vdupq_n_f32(-1.0F)); }
 static inline float sum(F32 v) { return vaddvq_f32(v); }
-static inline void prefetch(const void* p) {
+static NYBBLE_INLINE void prefetch(const void* p) {
 #if defined(_MSC_VER) && !defined(__clang__)
   __prefetch(p);
 #else
   __builtin_prefetch(p, 0, 2);
+#endif
+}
+// Into the first-level cache.
+static NYBBLE_INLINE void prefetch_near(const void* p) {
+#if defined(_MSC_VER) && !defined(__clang__)
+  __prefetch(p);
+#else
+  __builtin_prefetch(p, 0, 3);
 #endif
 }
 

@@ -5,6 +5,7 @@ constexpr int kLanes = 8;
 constexpr int kTileRows = 4;
 constexpr int kTileVectors = 1;
 constexpr int kSmallRows = 1;
+constexpr int kSmallSums = 1;
 
 struct F32 {
   float lane[kLanes];
@@ -42,7 +43,8 @@ static inline float sum(F32 v) {
   }
   return v.lane[0];
 }
-static inline void prefetch(const void*) {}
+static NYBBLE_INLINE void prefetch(const void*) {}
+static NYBBLE_INLINE void prefetch_near(const void*) {}
 
 static inline F32 load(const Bf16* p) {
   F32 r;

@@ -21,6 +21,14 @@
 #define NYBBLE_ARM64_BF16 0
 #endif
 
+// For what must not become a call: a call passes registers of sums through memory, and GCC drops calls of functions
+// that do nothing but prefetch.
+#if defined(_MSC_VER)
+#define NYBBLE_INLINE __forceinline
+#else
+#define NYBBLE_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace nybble::cpu {
 
 namespace scalar {
