@@ -192,7 +192,7 @@ void make(Random& random, Problem* problem) {
   const bool wide = random.one_in(4);  // several tiles of columns, so that threads have something to share
   int64_t contraction = random_size(random, !wide);
   const int64_t columns = random_size(random, wide);
-  if (!args.grad_input && args.m <= kSmallM && !random.one_in(4)) contraction += contraction % 2;  // what small M takes
+  if (!args.grad_input && args.m <= kSmallM && !random.one_in(4)) contraction = divide_up(contraction, 8) * 8;  // small M
   args.weight.rows = args.grad_input ? contraction : columns;
   args.weight.cols = args.grad_input ? columns : contraction;
   const Scales scales = random_scales(random, args.dtype);
@@ -325,7 +325,7 @@ void test_linear(Run& run) {
     with_out.out = none.data();
     if (!check(with_out).ok()) run.report.fail(problem.description, "its arguments are refused");
     const Expected as_given = expected(problem, false), as_pairs = expected(problem, true);
-    const bool small = !args.grad_input && args.m <= kSmallM && (args.weight.is_int8() || args.weight.cols % 2 == 0);
+    const bool small = !args.grad_input && args.m <= kSmallM && (args.weight.is_int8() || args.weight.cols % 8 == 0);
     for (const KernelTable* table : run.tables) {
       const bool pairs = table->bf16_dot && args.dtype == DType::bf16;
       check_kernel(run, problem, table->isa, "linear_panel", table->linear_panel, pairs ? as_pairs : as_given);
