@@ -10,7 +10,8 @@
 //   s/2 * sum_k |w_k|  +  s/2 * sum_j g_j sum_{k in j} |q_k|   (the second for 4-bit weights only)
 // and fp32 rounding. Measured relative root mean square for Gaussian x and w, NF4, K = 4096: 0.0113 (0.0087 by x,
 // 0.0072 by w), where NF4's own error is 0.092; a column of x that is 30 times the others makes x's part 0.08. A row of
-// x with a NaN or an infinity gives NaN.
+// x with a NaN or an infinity gives NaN. Sums are in units of s: 127 times a row's sum of |w| must stay in fp32's
+// range.
 //
 // A tile of rows of W is decoded group by group into L2, as it lies in memory: lanes run along the rows of x, which are
 // transposed once, so the weight, of which there is more to decode, needs no transposition. Sums come out transposed
