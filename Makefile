@@ -88,7 +88,7 @@ test-arm: $(VENV)/.native
 	$(BIN)/cmake $(NATIVE) -B build/arm -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
 		-DCMAKE_CXX_COMPILER=$(ARM_CXX)
 	$(BIN)/cmake --build build/arm
-	for cpu in max cortex-a57; do \
+	for cpu in max neoverse-n1 cortex-a57; do \
 		$(KERNEL_TESTS) $(QEMU) -L $(ARM_ROOT) -cpu $$cpu build/arm/kernel_tests $(KERNEL_TEST_ARGS) || exit 1; \
 	done
 

@@ -18,7 +18,7 @@
 #include <unistd.h>
 #endif
 #endif
-#if NYBBLE_ARM64_BF16
+#if NYBBLE_ARM64_EXTENSIONS
 #if defined(__linux__)
 #include <sys/auxv.h>
 #elif defined(__APPLE__)
@@ -103,19 +103,26 @@ bool is_intel() {
 }
 #endif
 
-#if NYBBLE_ARM64_BF16
-bool has_neonbf16() {
+#if NYBBLE_ARM64_EXTENSIONS
+// Older system headers do not name all of the bits.
 #if defined(__linux__)
-  constexpr unsigned long kBf16 = 1UL << 14;  // HWCAP2_BF16, which older system headers do not name
-  return (getauxval(AT_HWCAP2) & kBf16) != 0;
+bool has_neondot() { return (getauxval(AT_HWCAP) & 1UL << 20) != 0; }  // HWCAP_ASIMDDP
+bool has_neonbf16() {
+  constexpr unsigned long kNeeded = 1UL << 13 | 1UL << 14;  // HWCAP2_I8MM, HWCAP2_BF16
+  return (getauxval(AT_HWCAP2) & kNeeded) == kNeeded;
+}
 #elif defined(__APPLE__)
+bool has(const char* feature) {
   int present = 0;
   size_t size = sizeof present;
-  return sysctlbyname("hw.optional.arm.FEAT_BF16", &present, &size, nullptr, 0) == 0 && present != 0;
-#else
-  return false;
-#endif
+  return sysctlbyname(feature, &present, &size, nullptr, 0) == 0 && present != 0;
 }
+bool has_neondot() { return has("hw.optional.arm.FEAT_DotProd"); }
+bool has_neonbf16() { return has("hw.optional.arm.FEAT_I8MM") && has("hw.optional.arm.FEAT_BF16"); }
+#else
+bool has_neondot() { return false; }
+bool has_neonbf16() { return false; }
+#endif
 #endif
 
 struct Row {
@@ -128,8 +135,8 @@ const Row kRows[] = {
     {&amx::kTable, has_amx},           {&avx512bf16::kTable, has_avx512bf16},
     {&avx512::kTable, has_avx512},     {&avx2::kTable, has_avx2},
 #endif
-#if NYBBLE_ARM64_BF16
-    {&neonbf16::kTable, has_neonbf16},
+#if NYBBLE_ARM64_EXTENSIONS
+    {&neonbf16::kTable, has_neonbf16}, {&neondot::kTable, has_neondot},
 #endif
 #if NYBBLE_ARM64
     {&neon::kTable, always},

@@ -10,7 +10,8 @@
 //   s/2 * sum_k |w_k|  +  s/2 * sum_j g_j sum_{k in j} |q_k|   (the second for 4-bit weights only)
 // and fp32 rounding. Measured relative root mean square for Gaussian x and w, NF4, K = 4096: 0.0113 (0.0087 by x,
 // 0.0072 by w), where NF4's own error is 0.092; a column of x that is 30 times the others makes x's part 0.08. A row of
-// x with a NaN or an infinity gives NaN.
+// x with a NaN or an infinity gives NaN. Sums are in units of s: 127 times a row's sum of |w| must stay in fp32's
+// range.
 //
 // A tile of rows of W is decoded group by group into L2, as it lies in memory: lanes run along the rows of x, which are
 // transposed once, so the weight, of which there is more to decode, needs no transposition. Sums come out transposed
@@ -29,7 +30,6 @@ constexpr int64_t kNarrowUpTo = 64;  // of x, up to which tiles are narrow
 #else
 constexpr int64_t kWideTile = 64;
 constexpr int64_t kNarrowUpTo = 0;
-constexpr int kDotRows = kLanes == 16 ? 8 : 4;  // rows of W at a time: times kXVectors, the sums in registers
 #endif
 constexpr int64_t kNarrowTile = 64;
 static_assert(kWideTile % 64 == 0 && kWideTile <= kMostColumns, "tiles that finish() takes");
@@ -132,8 +132,7 @@ static void quantize_x_block(const LinearArgs& args, int64_t block, const CodesO
       put_codes(codes, padded, kCodeFlip, rows + row * kGroup);
     }
     for (int64_t i = 0; i < padded; i += kCodesOfTurn) {
-      transpose(reinterpret_cast<const uint32_t*>(rows + i), kGroup / kCodesOfStep,
-                to.at(first, (at + i) / kCodesOfStep), kLanes);
+      turn_codes(rows + i, kGroup, to.at(first, (at + i) / kCodesOfStep));
     }
   }
 }
@@ -325,22 +324,31 @@ static void multiply_codes(const CodesOfW& w, int64_t w_rows, const CodesOfX& x,
 template <int Rows, int Vectors>
 static void dot_rows(const CodesOfW& w, int64_t w_row, const uint32_t* x, int64_t x_stride, int64_t steps, bool first,
                      float* acc) {
-  Sums sums[Rows][Vectors];
+  constexpr int64_t kStride = kGroup * static_cast<int64_t>(sizeof(Code));
+  Sums sums[Rows / kRowsOfDot][Vectors][kRowsOfDot];
   for (int row = 0; row < Rows; ++row) {
-    for (int v = 0; v < Vectors; ++v) sums[row][v] = broadcast_sum(w.start[w_row + row]);
-  }
-  const char* codes = reinterpret_cast<const char*>(w.codes + w_row * kGroup);
-  for (int64_t step = 0; step < steps; ++step, x += kLanes, codes += 4) {
-    Sums lanes[Vectors];
-    for (int v = 0; v < Vectors; ++v) lanes[v] = load_steps(x + v * x_stride);
-    for (int row = 0; row < Rows; ++row) {
-      uint32_t weight;
-      memcpy(&weight, codes + row * kGroup * static_cast<int64_t>(sizeof(Code)), sizeof weight);
-      for (int v = 0; v < Vectors; ++v) sums[row][v] = dot_step(sums[row][v], lanes[v], weight);
+    for (int v = 0; v < Vectors; ++v) {
+      sums[row / kRowsOfDot][v][row % kRowsOfDot] = broadcast_sum(w.start[w_row + row]);
     }
   }
-  for (int row = 0; row < Rows; ++row) {
-    add_scaled<Vectors>(sums[row], w.scale[w_row + row], first, acc + row * kXRows);
+  const char* codes = reinterpret_cast<const char*>(w.codes + w_row * kGroup);
+  for (int64_t step = 0; step < steps; step += kStepsOfDot, x += kStepsOfDot * kLanes, codes += kStepsOfDot * 4) {
+    Steps lanes[Vectors][kStepsOfDot];
+    for (int v = 0; v < Vectors; ++v) {
+      for (int i = 0; i < kStepsOfDot; ++i) lanes[v][i] = load_steps(x + v * x_stride + i * kLanes);
+    }
+    for (int row = 0; row < Rows; row += kRowsOfDot) {
+      const WeightSteps weight = load_weight(codes + row * kStride, kStride);
+      for (int v = 0; v < Vectors; ++v) dot_steps(sums[row / kRowsOfDot][v], lanes[v], weight);
+    }
+  }
+  for (int row = 0; row < Rows; row += kRowsOfDot) {
+    for (int v = 0; v < Vectors; ++v) split_rows(sums[row / kRowsOfDot][v]);
+    for (int i = 0; i < kRowsOfDot; ++i) {
+      Sums all[Vectors];
+      for (int v = 0; v < Vectors; ++v) all[v] = sums[row / kRowsOfDot][v][i];
+      add_scaled<Vectors>(all, w.scale[w_row + row + i], first, acc + (row + i) * kXRows);
+    }
   }
 }
 

@@ -13,7 +13,7 @@
 
 namespace nybble::cpu::neon {
 #include "cpu/simd_neon.h"
-#include "cpu/simd_int8_generic.h"
+#include "cpu/simd_int8_neon.h"
 #include "cpu/bodies.inl"
 }  // namespace nybble::cpu::neon
 #endif

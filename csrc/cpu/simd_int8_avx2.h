@@ -3,13 +3,27 @@
 
 using Code = int16_t;
 constexpr uint8_t kCodeFlip = 0;
+constexpr int kStepsOfDot = 1;
+constexpr int kRowsOfDot = 1;
+constexpr int kDotRows = 4;
 
 using Sums = __m256i;
+using Steps = __m256i;
+using WeightSteps = __m256i;
 
 static inline Sums broadcast_sum(int32_t v) { return _mm256_set1_epi32(v); }
 static inline Sums load_steps(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-static inline Sums dot_step(Sums acc, Sums x, uint32_t weight) {
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(x, _mm256_set1_epi32(static_cast<int>(weight))));
+static inline WeightSteps load_weight(const char* p, int64_t) {
+  int weight;
+  memcpy(&weight, p, sizeof weight);
+  return _mm256_set1_epi32(weight);
+}
+static inline void dot_steps(Sums* sums, const Steps* x, WeightSteps weight) {
+  *sums = _mm256_add_epi32(*sums, _mm256_madd_epi16(*x, weight));
+}
+static inline void split_rows(Sums*) {}
+static inline void turn_codes(const Code* rows, int64_t stride, uint32_t* to) {
+  transpose(reinterpret_cast<const uint32_t*>(rows), stride / 2, to, kLanes);
 }
 static inline F32 to_f32(Sums sums) { return _mm256_cvtepi32_ps(sums); }
 static inline int32_t flip_sum(const Code*, int64_t) { return 0; }

@@ -12,17 +12,31 @@ constexpr uint8_t kCodeFlip = 0x80;  // vpdpbusd takes x as unsigned: x + 128
 constexpr uint8_t kCodeFlip = 0;  // tiles multiply signed by signed
 #endif
 
+constexpr int kStepsOfDot = 1;
+constexpr int kRowsOfDot = 1;
+constexpr int kDotRows = 8;
+
 using Sums = __m512i;
+using Steps = __m512i;
+using WeightSteps = __m512i;
 
 static inline Sums broadcast_sum(int32_t v) { return _mm512_set1_epi32(v); }
 static inline Sums load_steps(const void* p) { return _mm512_loadu_si512(p); }
-static inline Sums dot_step(Sums acc, Sums x, uint32_t weight) {
-  const __m512i codes = _mm512_set1_epi32(static_cast<int>(weight));
+static inline WeightSteps load_weight(const char* p, int64_t) {
+  int weight;
+  memcpy(&weight, p, sizeof weight);
+  return _mm512_set1_epi32(weight);
+}
+static inline void dot_steps(Sums* sums, const Steps* x, WeightSteps weight) {
 #ifdef NYBBLE_VNNI
-  return _mm512_dpbusd_epi32(acc, x, codes);
+  *sums = _mm512_dpbusd_epi32(*sums, *x, weight);
 #else
-  return _mm512_add_epi32(acc, _mm512_madd_epi16(x, codes));
+  *sums = _mm512_add_epi32(*sums, _mm512_madd_epi16(*x, weight));
 #endif
+}
+static inline void split_rows(Sums*) {}
+static inline void turn_codes(const Code* rows, int64_t stride, uint32_t* to) {
+  transpose(reinterpret_cast<const uint32_t*>(rows), stride * static_cast<int64_t>(sizeof(Code)) / 4, to, kLanes);
 }
 static inline F32 to_f32(Sums sums) { return _mm512_cvtepi32_ps(sums); }
 #if defined(NYBBLE_VNNI) && !defined(NYBBLE_AMX)

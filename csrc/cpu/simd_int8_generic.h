@@ -3,10 +3,15 @@
 
 using Code = int16_t;             // how a code lies in memory; a 32-bit step holds two of them
 constexpr uint8_t kCodeFlip = 0;  // XORed into the codes of x
+constexpr int kStepsOfDot = 1;    // a divisor of kLanes
+constexpr int kRowsOfDot = 1;     // rows of W that are multiplied together
+constexpr int kDotRows = 4;       // rows of W at a time: times kXVectors, the sums in registers
 
-struct Sums {
+struct Sums {  // of kLanes rows of x
   int32_t lane[kLanes];
 };
+using Steps = Sums;            // a step of kLanes rows of x
+using WeightSteps = uint32_t;  // kStepsOfDot steps of kRowsOfDot rows of W
 
 static inline Sums broadcast_sum(int32_t v) {
   Sums r;
@@ -18,13 +23,23 @@ static inline Sums load_steps(const void* p) {
   memcpy(&r, p, sizeof r);
   return r;
 }
-// acc + the products of the codes of x in every lane with the weight's codes in one step.
-static inline Sums dot_step(Sums acc, Sums x, uint32_t weight) {
+static inline WeightSteps load_weight(const char* p, int64_t /* bytes from a row to the next */) {
+  WeightSteps weight;
+  memcpy(&weight, p, sizeof weight);
+  return weight;
+}
+// sums[kRowsOfDot] += the products of x[kStepsOfDot] with the weight's codes.
+static inline void dot_steps(Sums* sums, const Steps* x, WeightSteps weight) {
   const int32_t low = static_cast<int16_t>(weight & 0xFFFFU), high = static_cast<int16_t>(weight >> 16);
   for (int i = 0; i < kLanes; ++i) {
-    acc.lane[i] += low * static_cast<int16_t>(x.lane[i] & 0xFFFF) + high * (x.lane[i] >> 16);
+    sums->lane[i] += low * static_cast<int16_t>(x->lane[i] & 0xFFFF) + high * (x->lane[i] >> 16);
   }
-  return acc;
+}
+// Makes sums[i], however they were kept, those of row i of W.
+static inline void split_rows(Sums*) {}
+// kLanes steps of kLanes rows, `stride` codes apart, as load_steps() wants them.
+static inline void turn_codes(const Code* rows, int64_t stride, uint32_t* to) {
+  transpose(reinterpret_cast<const uint32_t*>(rows), stride / 2, to, kLanes);
 }
 static inline F32 to_f32(Sums sums) {
   float lanes[kLanes];

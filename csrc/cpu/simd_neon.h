@@ -4,8 +4,12 @@
 constexpr int kLanes = 4;
 constexpr int kTileRows = 5;  // 5 x 4 accumulators + 4 operands + 5 of x of the 32 registers; with 6 GCC spills two
 constexpr int kTileVectors = 4;
+#if defined(__clang__)
+constexpr int kSmallRows = 1;  // with two Clang 22 spills 17 operands: 59 instructions for 32 weights, not 54
+#else
 constexpr int kSmallRows = 2;
-constexpr int kSmallSums = 16;
+#endif
+constexpr int kSmallSums = 8;
 
 using F32 = float32x4_t;
 using I32 = uint32x4_t;
@@ -72,20 +76,28 @@ static inline I32 max_magnitude(I32 so_far, F32 v) {
 }
 static inline uint32_t reduce_max(I32 v) { return vmaxvq_u32(v); }
 
-// The 64 bytes of the table in four registers, which one instruction looks up: entry i lies at 4 i + {0, 1, 2, 3}.
+// The 64 bytes of the table in four registers, which one instruction looks up (entry i lies at 4 i + {0, 1, 2, 3}), and
+// by planes (byte k of every entry), for 16 lookups at a time. What is not used costs nothing.
 struct Table {
   uint8x16x4_t bytes;
+  uint8x16_t plane[4];
 };
+static inline Table table_of(uint8x16_t a, uint8x16_t b, uint8x16_t c, uint8x16_t d) {
+  const uint8x16_t even_a = vuzp1q_u8(a, b), even_b = vuzp1q_u8(c, d);
+  const uint8x16_t odd_a = vuzp2q_u8(a, b), odd_b = vuzp2q_u8(c, d);
+  return {{{a, b, c, d}},
+          {vuzp1q_u8(even_a, even_b), vuzp1q_u8(odd_a, odd_b), vuzp2q_u8(even_a, even_b), vuzp2q_u8(odd_a, odd_b)}};
+}
 static inline Table load_table(const float* codes) {
-  return {{{vreinterpretq_u8_f32(vld1q_f32(codes)), vreinterpretq_u8_f32(vld1q_f32(codes + 4)),
-            vreinterpretq_u8_f32(vld1q_f32(codes + 8)), vreinterpretq_u8_f32(vld1q_f32(codes + 12))}}};
+  return table_of(vreinterpretq_u8_f32(vld1q_f32(codes)), vreinterpretq_u8_f32(vld1q_f32(codes + 4)),
+                  vreinterpretq_u8_f32(vld1q_f32(codes + 8)), vreinterpretq_u8_f32(vld1q_f32(codes + 12)));
 }
 static inline uint8x16_t scale_part(uint8x16_t part, float by) {
   return vreinterpretq_u8_f32(vmulq_n_f32(vreinterpretq_f32_u8(part), by));
 }
-static inline Table scale(Table table, float by) {
-  return {{{scale_part(table.bytes.val[0], by), scale_part(table.bytes.val[1], by), scale_part(table.bytes.val[2], by),
-            scale_part(table.bytes.val[3], by)}}};
+static inline Table scale(const Table& table, float by) {
+  return table_of(scale_part(table.bytes.val[0], by), scale_part(table.bytes.val[1], by),
+                  scale_part(table.bytes.val[2], by), scale_part(table.bytes.val[3], by));
 }
 // Where the four bytes of each entry lie.
 static inline uint8x16_t bytes_of_entry(I32 index) {
@@ -104,15 +116,6 @@ static inline I32 advance_where_greater(I32 index, F32 a, F32 b, int by) {
 }
 static inline I32 load_bytes(const uint8_t* p) { return vmovl_u16(vget_low_u16(vmovl_u8(four_bytes(p)))); }
 static inline I32 load_words(const uint8_t* p) { return vreinterpretq_u32_u8(vld1q_u8(p)); }
-// The instruction takes 1 to 32.
-template <int Bits>
-static inline I32 shift_right(I32 v) {
-  if constexpr (Bits == 0) {
-    return v;
-  } else {
-    return vshrq_n_u32(v, Bits);
-  }
-}
 static inline F32 gather(const float* table, I32 index) {
   const float lanes[4] = {table[vgetq_lane_u32(index, 0)], table[vgetq_lane_u32(index, 1)],
                           table[vgetq_lane_u32(index, 2)], table[vgetq_lane_u32(index, 3)]};
@@ -143,27 +146,42 @@ static inline void store_words(uint8_t* p, uint8x16_t low, uint8x16_t high) {
   vst1q_u8(p, vzip1q_u8(low, high));
   vst1q_u8(p + 16, vzip2q_u8(low, high));
 }
-// By byte planes: four lookups and eight interleavings make 16 floats, where 16 lanes of lookup() would take 20
-// operations, four of them of the slow kind that reads four registers.
+// Floats 4 * Four to 4 * Four + 3 of the 16 that `index` asks for. Four lookups and eight interleavings make all 16,
+// where 16 lanes of lookup() would take 20 operations, four of them of the slow kind that reads four registers.
+template <int Four>
+static inline F32 four_of(const Table& table, uint8x16_t index) {
+  const uint8x16_t b0 = vqtbl1q_u8(table.plane[0], index), b1 = vqtbl1q_u8(table.plane[1], index);
+  const uint8x16_t b2 = vqtbl1q_u8(table.plane[2], index), b3 = vqtbl1q_u8(table.plane[3], index);
+  const uint16x8_t low = vreinterpretq_u16_u8(Four < 2 ? vzip1q_u8(b0, b1) : vzip2q_u8(b0, b1));
+  const uint16x8_t high = vreinterpretq_u16_u8(Four < 2 ? vzip1q_u8(b2, b3) : vzip2q_u8(b2, b3));
+  return vreinterpretq_f32_u16(Four % 2 == 0 ? vzip1q_u16(low, high) : vzip2q_u16(low, high));
+}
 static inline void decode(const uint8_t* p, const Table& table, float* out) {
-  const uint8x16_t even_a = vuzp1q_u8(table.bytes.val[0], table.bytes.val[1]);
-  const uint8x16_t even_b = vuzp1q_u8(table.bytes.val[2], table.bytes.val[3]);
-  const uint8x16_t odd_a = vuzp2q_u8(table.bytes.val[0], table.bytes.val[1]);
-  const uint8x16_t odd_b = vuzp2q_u8(table.bytes.val[2], table.bytes.val[3]);
-  const uint8x16_t plane[4] = {vuzp1q_u8(even_a, even_b), vuzp1q_u8(odd_a, odd_b), vuzp2q_u8(even_a, even_b),
-                               vuzp2q_u8(odd_a, odd_b)};
   uint8x16_t index[2];
   split_nibbles(p, &index[0], &index[1]);
   for (int i = 0; i < 2; ++i, out += 16) {
-    const uint8x16_t b0 = vqtbl1q_u8(plane[0], index[i]), b1 = vqtbl1q_u8(plane[1], index[i]);
-    const uint8x16_t b2 = vqtbl1q_u8(plane[2], index[i]), b3 = vqtbl1q_u8(plane[3], index[i]);
-    const uint16x8_t low_0 = vreinterpretq_u16_u8(vzip1q_u8(b0, b1)), low_1 = vreinterpretq_u16_u8(vzip2q_u8(b0, b1));
-    const uint16x8_t high_0 = vreinterpretq_u16_u8(vzip1q_u8(b2, b3)), high_1 = vreinterpretq_u16_u8(vzip2q_u8(b2, b3));
-    vst1q_f32(out, vreinterpretq_f32_u16(vzip1q_u16(low_0, high_0)));
-    vst1q_f32(out + 4, vreinterpretq_f32_u16(vzip2q_u16(low_0, high_0)));
-    vst1q_f32(out + 8, vreinterpretq_f32_u16(vzip1q_u16(low_1, high_1)));
-    vst1q_f32(out + 12, vreinterpretq_f32_u16(vzip2q_u16(low_1, high_1)));
+    vst1q_f32(out, four_of<0>(table, index[i]));
+    vst1q_f32(out + 4, four_of<1>(table, index[i]));
+    vst1q_f32(out + 8, four_of<2>(table, index[i]));
+    vst1q_f32(out + 12, four_of<3>(table, index[i]));
   }
+}
+// The shift waits for its lookup: the four words' nibbles at 8 * Four, or 4 above, are four bytes of one vector of
+// indices, so what the eight lookups of a register of words have in common is computed once.
+template <int Bits>
+struct Shifted {
+  I32 words;
+};
+template <int Bits>
+static inline Shifted<Bits> shift_right(I32 words) {
+  return {words};
+}
+template <int Bits>
+static inline F32 lookup(const Table& table, Shifted<Bits> index) {
+  const uint8x16_t order = vreinterpretq_u8_u32(uint32x4_t{0x0C080400U, 0x0D090501U, 0x0E0A0602U, 0x0F0B0703U});
+  const uint8x16_t bytes = vqtbl1q_u8(vreinterpretq_u8_u32(index.words), order);
+  const uint8x16_t nibbles = Bits % 8 == 0 ? vandq_u8(bytes, vdupq_n_u8(15)) : vshrq_n_u8(bytes, 4);
+  return four_of<Bits / 8>(table, nibbles);
 }
 struct Table16 {
   uint8x16_t low, high;  // the low and the high bytes of the 16 codes

@@ -14,11 +14,11 @@
 #define NYBBLE_ARM64 0
 #endif
 
-// Compilers before these do not declare BFDOT outside a build that is wholly for machines that have it.
+// Compilers before these do not declare what extensions add outside a build that is wholly for machines that have them.
 #if NYBBLE_ARM64 && ((defined(__clang__) && __clang_major__ >= 16) || (!defined(__clang__) && __GNUC__ >= 10))
-#define NYBBLE_ARM64_BF16 1
+#define NYBBLE_ARM64_EXTENSIONS 1
 #else
-#define NYBBLE_ARM64_BF16 0
+#define NYBBLE_ARM64_EXTENSIONS 0
 #endif
 
 // For what must not become a call: a call passes registers of sums through memory, and GCC drops calls of functions
@@ -50,6 +50,9 @@ extern const KernelTable kTable;
 #endif
 #if NYBBLE_ARM64
 namespace neon {
+extern const KernelTable kTable;
+}
+namespace neondot {
 extern const KernelTable kTable;
 }
 namespace neonbf16 {

@@ -12,207 +12,23 @@
 // bound of n + 8 holds again. Both take denormal operands and results as zero: a product loses at most 2^-126 times its
 // other factor, an addition 2^-126 for each of its numbers.
 //
+// linear_int8 rounds x and 4-bit weights to int8 and has a bound of its own, below.
+//
 // The result is rounded to the output's dtype.
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <utility>
 
 #include "core/check.h"
 #include "core/parallel.h"
+#include "linear_problems.h"
 #include "numbers.h"
 #include "support.h"
 
 namespace nybble::test {
 
 namespace {
-
-constexpr int64_t kSmallM = 8;
-const std::vector<DType> kDTypes = {DType::f32, DType::f16, DType::bf16};
-
-// One linear operation and the memory that its arguments point into.
-struct Problem {
-  std::string description;
-  LinearArgs args;
-  Values x, left, right, bias;
-  Input packed, codebook, plain, codes, nested, map, offset;
-  std::vector<double> weight;        // [rows, cols], code * scale in double
-  std::vector<float> weight_floats;  // the same in fp32, as a kernel that rounds it to bf16 begins
-
-  double x_at(int64_t row, int64_t i) const { return x.exact[static_cast<size_t>(row * args.x_stride + i)]; }
-};
-
-// Powers of ten of x and of the weight: products and sums stay within fp32, except that fp16 results may not.
-struct Scales {
-  Magnitude x, weight;
-};
-
-Scales random_scales(Random& random, DType dtype) {
-  if (dtype == DType::f16 || !random.one_in(3)) {
-    return random.pick<Scales>({{{0, 0}, {0, 0}}, {{0, 0}, {-2, 0}}, {{-7, 0}, {0, 0}}, {{3, 0}, {0, 1}}});
-  }
-  return random.pick<Scales>({{{0, 9}, {0, 9}},
-                              {{18, 0}, {17, 0}},
-                              {{-39, 0}, {0, 0}},
-                              {{0, 0}, {-39, 0}},
-                              {{-39, 0}, {30, 0}},
-                              {{-20, 1}, {-20, 1}},
-                              {{35, 0}, {-35, 0}},
-                              {{-35, 0}, {35, 0}}});
-}
-
-std::vector<float> as_floats(const std::vector<double>& values) {
-  std::vector<float> floats(values.size());
-  for (size_t i = 0; i < values.size(); ++i) floats[i] = static_cast<float>(values[i]);
-  return floats;
-}
-
-void make_int8_weight(Random& random, Magnitude magnitude, Problem* problem) {
-  Weight& weight = problem->args.weight;
-  weight.int8 = true;
-  std::vector<int8_t> q(static_cast<size_t>(weight.rows * weight.cols));
-  for (int8_t& level : q) level = static_cast<int8_t>(random.between(-127, 127));
-  std::vector<float> absmax = as_floats(random_values(random, weight.rows, magnitude));
-  for (float& scale : absmax) scale = random.one_in(10) ? 0.0F : std::fabs(scale);
-  for (int64_t row = 0; row < weight.rows; ++row) {
-    const float scale = absmax[static_cast<size_t>(row)];
-    for (int64_t i = 0; i < weight.cols; ++i) {
-      const int8_t level = q[static_cast<size_t>(row * weight.cols + i)];
-      problem->weight.push_back(level * static_cast<double>(scale) / 127.0);
-      problem->weight_floats.push_back(static_cast<float>(level) * (scale / 127.0F));
-    }
-  }
-  problem->packed = Input::of(q, random.below(5));
-  problem->plain = Input::of(absmax, random.below(3));
-  weight.rows8 = {problem->packed.as<int8_t>(), problem->plain.as<float>()};
-}
-
-// Scales of blocks, plain or nested; returns what they are, in fp32 as every decoder computes them.
-std::vector<float> make_scales(Random& random, int64_t blocks, Magnitude magnitude, Problem* problem) {
-  BlockScales& scales = problem->args.weight.packed4.scales;
-  if (random.one_in(2)) {
-    const std::vector<float> plain = as_floats(random_values(random, blocks, magnitude));
-    problem->plain = Input::of(plain, random.below(3));
-    scales.plain = problem->plain.as<float>();
-    return plain;
-  }
-  scales.nested_shift = random.one_in(2) ? 8 : static_cast<int>(random.below(3));
-  std::vector<uint8_t> codes(static_cast<size_t>(blocks));
-  for (uint8_t& code : codes) code = static_cast<uint8_t>(random.next());
-  const int64_t groups = divide_up(blocks, int64_t{1} << scales.nested_shift);
-  const std::vector<float> nested = as_floats(random_values(random, groups, magnitude));
-  const std::vector<float> map = as_floats(random_values(random, 256, {0, 0}));
-  const std::vector<float> offset = as_floats(random_values(random, 1, {magnitude.exponent, 0}));
-  problem->codes = Input::of(codes, random.below(5));
-  problem->nested = Input::of(nested, random.below(3));
-  problem->map = Input::of(map, random.below(3));
-  problem->offset = Input::of(offset, random.below(3));
-  scales.codes = problem->codes.as<uint8_t>();
-  scales.nested = problem->nested.as<float>();
-  scales.map = problem->map.as<float>();
-  scales.offset = problem->offset.as<float>();
-  std::vector<float> all(static_cast<size_t>(blocks));
-  for (size_t i = 0; i < all.size(); ++i) {
-    const float product = map[codes[i]] * nested[i >> scales.nested_shift];
-    all[i] = product + offset[0];
-  }
-  return all;
-}
-
-void make_4bit_weight(Random& random, Magnitude magnitude, Problem* problem) {
-  Weight& weight = problem->args.weight;
-  const int64_t count = weight.rows * weight.cols;
-  weight.packed4.block_shift = static_cast<int>(random.one_in(2) ? random.between(5, 6) : random.between(5, 12));
-  std::vector<uint8_t> bytes(static_cast<size_t>((count + 1) / 2));
-  for (uint8_t& byte : bytes) byte = static_cast<uint8_t>(random.next());
-  std::vector<float> codes(16);
-  for (float& code : codes) code = static_cast<float>(2.0 * random.uniform() - 1.0);
-  const auto scales = make_scales(random, divide_up(count, weight.packed4.block_size()), magnitude, problem);
-  for (int64_t i = 0; i < count; ++i) {
-    const uint8_t byte = bytes[static_cast<size_t>(i / 2)];
-    const float code = codes[i % 2 == 0 ? byte >> 4 : byte & 15];
-    const float scale = scales[static_cast<size_t>(i >> weight.packed4.block_shift)];
-    problem->weight.push_back(static_cast<double>(code) * scale);
-    problem->weight_floats.push_back(code * scale);
-  }
-  problem->packed = Input::of(bytes, random.below(5));
-  problem->codebook = Input::of(codes, random.below(3));
-  weight.packed4.packed = problem->packed.as<uint8_t>();
-  weight.packed4.codebook = problem->codebook.as<float>();
-}
-
-// Rows of x with a gap between them that holds NaN: nothing may be computed from it.
-void make_x(Random& random, Magnitude magnitude, Problem* problem) {
-  LinearArgs& args = problem->args;
-  const int64_t length = args.contraction();
-  args.x_stride = random.one_in(2) ? length : length + random.between(1, 9);
-  if (random.one_in(8)) args.x_stride = random.one_in(2) ? 0 : 1;  // one row many times; rows that overlap
-  const int64_t count = args.m == 0 || length == 0 ? 0 : (args.m - 1) * args.x_stride + length;
-  std::vector<double> values = random_values(random, count, magnitude);
-  for (int64_t i = 0; i < count && args.x_stride > length; ++i) {
-    if (i % args.x_stride >= length) values[static_cast<size_t>(i)] = std::nan("");
-  }
-  problem->x = encode(std::move(values), args.dtype, random.below(9));
-  args.x = problem->x.memory.as<void>();
-}
-
-void make_extras(Random& random, Problem* problem) {
-  LinearArgs& args = problem->args;
-  if (random.one_in(2)) {
-    SidePath& side = args.side;
-    side.rank = random.one_in(2) ? random.pick<int64_t>({1, 2, 8, 16, 31, 33}) : random.between(1, 40);
-    problem->left = encode(random_values(random, args.m * side.rank, {0, 0}), random.pick(kDTypes), random.below(9));
-    problem->right =
-        encode(random_values(random, side.rank * args.columns(), {0, 0}), random.pick(kDTypes), random.below(9));
-    side.left = problem->left.memory.as<void>();
-    side.left_dtype = problem->left.dtype;
-    side.right = problem->right.memory.as<void>();
-    side.right_dtype = problem->right.dtype;
-  }
-  if (!args.grad_input && random.one_in(2)) {
-    problem->bias = encode(random_values(random, args.columns(), {0, 0}), random.pick(kDTypes), random.below(9));
-    args.bias = problem->bias.memory.as<void>();
-    args.bias_dtype = problem->bias.dtype;
-  }
-}
-
-// Around vectors, pairs, tiles of 16 rows and 64 columns, blocks of 64, chunks of 256 and 512.
-int64_t random_size(Random& random, bool long_one) {
-  const std::vector<int64_t> edges = {0, 1, 2, 3, 15, 16, 17, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129, 130};
-  const std::vector<int64_t> far = {192, 255, 256, 257, 320, 511, 512, 513, 514, 640, 1030};
-  if (long_one && random.one_in(3)) return random.pick(far);
-  return random.one_in(2) ? random.pick(edges) : random.between(1, 100);
-}
-
-void make(Random& random, Problem* problem) {
-  LinearArgs& args = problem->args;
-  const std::vector<int64_t> heights = {0, 1, 2, 3, 5, 8, 9, 16, 17, 33, 49};
-  args.m = random.one_in(2) ? random.between(1, kSmallM) : random.pick(heights);
-  args.grad_input = random.one_in(3);
-  args.dtype = random.pick(kDTypes);
-  const bool wide = random.one_in(4);  // several tiles of columns, so that threads have something to share
-  int64_t contraction = random_size(random, !wide);
-  const int64_t columns = random_size(random, wide);
-  if (!args.grad_input && args.m <= kSmallM && !random.one_in(4)) contraction += contraction % 2;  // what small M takes
-  args.weight.rows = args.grad_input ? contraction : columns;
-  args.weight.cols = args.grad_input ? columns : contraction;
-  const Scales scales = random_scales(random, args.dtype);
-  if (random.one_in(4)) {
-    make_int8_weight(random, scales.weight, problem);
-  } else {
-    make_4bit_weight(random, scales.weight, problem);
-  }
-  make_x(random, scales.x, problem);
-  make_extras(random, problem);
-  const Weight& weight = args.weight;
-  const std::string kind = weight.is_int8() ? "int8"
-                                            : format("4-bit, block %lld, %s", (long long)weight.packed4.block_size(),
-                                                     weight.packed4.scales.plain != nullptr ? "plain" : "nested");
-  problem->description = format(
-      "%s m %lld, weight %lld x %lld (%s), %s, x_stride %lld, rank %lld, %s, magnitudes %d and %d",
-      args.grad_input ? "grad_input" : "forward", (long long)args.m, (long long)weight.rows, (long long)weight.cols,
-      kind.c_str(), name_of(args.dtype), (long long)args.x_stride, (long long)args.side.rank,
-      args.bias != nullptr ? "bias" : "no bias", scales.x.exponent, scales.weight.exponent);
-}
 
 // ---- the reference --------------------------------------------------------------------------------------------------
 
@@ -261,6 +77,76 @@ Expected expected(const Problem& problem, bool pairs) {
   return result;
 }
 
+// linear_int8. With s = absmax / 127 of a row of x, the codes q = round(x * (127 / absmax)) have |x - s q| <= s / 2,
+// besides three roundings of at most 127 steps each; the codes c of 4-bit weights |w - g c| <= g / 2, besides five,
+// with g the largest magnitude in a group of 512 columns / 127. So an output is off by
+//     s / 2 sum |w| + sum (|x| + s / 2) g / 2
+// and by fp32's roundings of the sums over the groups, the rank and the bias, of terms that together are `size`.
+// Weights below 127 * 2^-140 may become zero; a sum may underflow in units of s before it is multiplied by it.
+constexpr int64_t kGroup = 512;
+
+// The g of every weight; 0 where the weights are int8 as they are.
+std::vector<double> steps_of(const Problem& problem) {
+  const Weight& weight = problem.args.weight;
+  std::vector<double> steps(problem.weight.size(), 0.0);
+  if (weight.is_int8()) return steps;
+  double largest_code = 0.0;
+  for (int i = 0; i < 16; ++i) largest_code = std::max(largest_code, std::fabs(double{weight.packed4.codebook[i]}));
+  for (int64_t row = 0; row < weight.rows; ++row) {
+    for (int64_t at = 0; at < weight.cols; at += kGroup) {
+      const int64_t begin = row * weight.cols + at, end = begin + smaller(kGroup, weight.cols - at);
+      double largest = 0.0;
+      for (int64_t i = begin; i < end; ++i) {
+        const float scale = problem.scales[static_cast<size_t>(i >> weight.packed4.block_shift)];
+        largest = std::max(largest, std::fabs(double{scale}));
+      }
+      std::fill(steps.begin() + begin, steps.begin() + end, largest * largest_code / 127.0);
+    }
+  }
+  return steps;
+}
+
+// `pairs`: the side path is multiplied as bf16 pairs.
+Expected expected_int8(const Problem& problem, bool pairs) {
+  const LinearArgs& args = problem.args;
+  const auto operand = [&](double value) { return pairs ? rounded(value, DType::bf16) : value; };
+  const std::vector<double> steps = steps_of(problem);
+  const int64_t length = args.contraction(), columns = args.columns(), rank = args.side.rank;
+  const double n = static_cast<double>(divide_up(length, kGroup) + rank + 10);
+  constexpr double kHalf = 0.5 + 127.0 * 5.0 * 0x1p-24;
+  Expected result;
+  for (int64_t row = 0; row < args.m; ++row) {
+    double s = 0.0;
+    for (int64_t i = 0; i < length; ++i) s = std::max(s, std::fabs(problem.x_at(row, i)) / 127.0);
+    for (int64_t column = 0; column < columns; ++column) {
+      double exact = 0.0, size = 0.0, bound = n * 0x1p-149 * (1.0 + s);
+      for (int64_t i = 0; i < length; ++i) {
+        const auto at = static_cast<size_t>(column * length + i);
+        const double x = std::fabs(problem.x_at(row, i)), w = std::fabs(problem.weight[at]), g = steps[at];
+        exact += problem.x_at(row, i) * problem.weight[at];
+        bound += kHalf * s * w + (x + kHalf * s) * kHalf * g + 127.0 * 0x1p-140 * (x + s);
+        size += (x + s) * (w + g);
+      }
+      for (int64_t i = 0; i < rank; ++i) {
+        const double left = operand(problem.left.exact[static_cast<size_t>(row * rank + i)]);
+        const double right = operand(problem.right.exact[static_cast<size_t>(column * rank + i)]);
+        exact += left * right;
+        size += std::fabs(left * right);
+        if (pairs) bound += 0x1p-126 * (3.0 + std::fabs(left) + std::fabs(right));
+      }
+      if (args.bias != nullptr) {
+        exact += problem.bias.exact[static_cast<size_t>(column)];
+        size += std::fabs(problem.bias.exact[static_cast<size_t>(column)]);
+      }
+      bound += n * 0x1p-23 * size;
+      bound += unit_roundoff(args.dtype) * (std::fabs(exact) + bound) + smallest_error(args.dtype);
+      result.exact.push_back(exact);
+      result.bound.push_back(bound);
+    }
+  }
+  return result;
+}
+
 // Empty when every number is right.
 std::string difference(const Problem& problem, const Expected& wanted, const Output& out) {
   const DType dtype = problem.args.dtype;
@@ -287,8 +173,9 @@ void poison_scratch() {
   }
 }
 
-void check_kernel(Run& run, const Problem& problem, const char* isa, const char* kernel,
-                  Status (*function)(const LinearArgs&), const Expected& wanted) {
+// Returns what one thread computed, or null.
+std::unique_ptr<Output> check_kernel(Run& run, const Problem& problem, const char* isa, const char* kernel,
+                                     Status (*function)(const LinearArgs&), const Expected& wanted) {
   std::unique_ptr<Output> first;
   for (int threads = 1; threads <= 3; ++threads) {
     const std::string what = format("%s %s, %d threads: %s", isa, kernel, threads, problem.description.c_str());
@@ -299,7 +186,10 @@ void check_kernel(Run& run, const Problem& problem, const char* isa, const char*
     args.threads = threads;
     poison_scratch();
     const Status status = function(args);
-    if (!status.ok()) return run.report.fail(what, format("fails: %s %lld", status.what, (long long)status.value));
+    if (!status.ok()) {
+      run.report.fail(what, format("fails: %s %lld", status.what, (long long)status.value));
+      return nullptr;
+    }
     if (!out->guards_intact()) run.report.fail(what, "writes outside its output");
     if (first == nullptr) {
       const std::string wrong = difference(problem, wanted, *out);
@@ -310,6 +200,89 @@ void check_kernel(Run& run, const Problem& problem, const char* isa, const char*
     }
   }
   run.report.checked(isa);
+  return first;
+}
+
+void check_native(Run& run, const Problem& problem) {
+  const LinearArgs& args = problem.args;
+  const Expected as_given = expected(problem, false), as_pairs = expected(problem, true);
+  const bool small = !args.grad_input && args.m <= kSmallM && (args.weight.is_int8() || args.weight.cols % 8 == 0);
+  for (const KernelTable* table : run.tables) {
+    const bool pairs = table->bf16_dot && args.dtype == DType::bf16;
+    check_kernel(run, problem, table->isa, "linear_panel", table->linear_panel, pairs ? as_pairs : as_given);
+    if (small) check_kernel(run, problem, table->isa, "linear_small_m", table->linear_small_m, as_given);
+    if (table->linear_tiles != nullptr && args.dtype == DType::bf16) {
+      check_kernel(run, problem, table->isa, "linear_tiles", table->linear_tiles, as_pairs);
+    }
+  }
+}
+
+void check_int8(Run& run, Problem* problem) {
+  LinearArgs& args = problem->args;
+  // Its sums are in units of s: 127 times a row's weights must stay within fp32.
+  if (args.grad_input || problem->magnitudes.weight.exponent > 30) return;
+  args.compute = Compute::int8;
+  const Expected as_given = expected_int8(*problem, false), as_pairs = expected_int8(*problem, true);
+  std::unique_ptr<Output> first;
+  for (const KernelTable* table : run.tables) {
+    const bool pairs = table->bf16_dot && args.dtype == DType::bf16;
+    auto out = check_kernel(run, *problem, table->isa, "linear_int8", table->linear_int8, pairs ? as_pairs : as_given);
+    // Sums within a group are integers, so there is nothing in which two ISAs could differ.
+    if (out == nullptr || args.side.rank > 0 || args.contraction() > kGroup) continue;
+    if (first == nullptr) {
+      first = std::move(out);
+    } else if (!out->same(*first)) {
+      run.report.fail(problem->description, format("%s linear_int8: other bits than another ISA", table->isa));
+    }
+  }
+}
+
+// With a scale of 1 on both sides an output is the integer product itself, here below 2^24. Row 0 is as large as a
+// product can be; row 1 holds an infinity, which must stay in its row.
+void check_exact_products(Run& run, int64_t m, int64_t rows, int64_t cols) {
+  Random random(run.seed * 2000003 + static_cast<uint64_t>(cols));
+  std::vector<float> x(static_cast<size_t>(m * cols));
+  std::vector<int8_t> q(static_cast<size_t>(rows * cols));
+  for (size_t i = 0; i < x.size(); ++i) {
+    const bool first_column = static_cast<int64_t>(i) % cols == 0, first_row = static_cast<int64_t>(i) < cols;
+    x[i] = first_column || first_row ? -127.0F : static_cast<float>(random.between(-127, 127));
+  }
+  for (size_t i = 0; i < q.size(); ++i) {
+    q[i] = static_cast<int64_t>(i) < cols ? int8_t{-128} : static_cast<int8_t>(random.between(-128, 127));
+  }
+  if (m > 1) x[static_cast<size_t>(2 * cols - 1)] = HUGE_VALF;
+  const std::vector<float> absmax(static_cast<size_t>(rows), 127.0F);
+  LinearArgs args;
+  args.compute = Compute::int8;
+  args.weight.int8 = true;
+  args.weight.rows = rows;
+  args.weight.cols = cols;
+  args.weight.rows8 = {q.data(), absmax.data()};
+  args.x = x.data();
+  args.x_stride = cols;
+  args.m = m;
+  args.threads = 2;
+  std::vector<float> out(static_cast<size_t>(m * rows));
+  args.out = out.data();
+  for (const KernelTable* table : run.tables) {
+    const std::string what = format("%s linear_int8, exact products %lld x %lld x %lld", table->isa, (long long)m,
+                                    (long long)rows, (long long)cols);
+    if (!table->linear_int8(args).ok()) run.report.fail(what, "fails");
+    int64_t wrong = 0;
+    for (int64_t at = 0; at < m * rows; ++at) {
+      int64_t sum = 0;
+      if (at / rows != 1) {
+        for (int64_t i = 0; i < cols; ++i) {
+          sum += static_cast<int64_t>(x[static_cast<size_t>(at / rows * cols + i)]) *
+                 q[static_cast<size_t>(at % rows * cols + i)];
+        }
+      }
+      const float found = out[static_cast<size_t>(at)];
+      wrong += at / rows == 1 ? !std::isnan(found) : found != static_cast<float>(sum);
+    }
+    if (wrong > 0) run.report.fail(what, format("%lld outputs are wrong", (long long)wrong));
+    run.report.checked(table->isa);
+  }
 }
 
 }  // namespace
@@ -324,17 +297,10 @@ void test_linear(Run& run) {
     LinearArgs with_out = args;
     with_out.out = none.data();
     if (!check(with_out).ok()) run.report.fail(problem.description, "its arguments are refused");
-    const Expected as_given = expected(problem, false), as_pairs = expected(problem, true);
-    const bool small = !args.grad_input && args.m <= kSmallM && (args.weight.is_int8() || args.weight.cols % 2 == 0);
-    for (const KernelTable* table : run.tables) {
-      const bool pairs = table->bf16_dot && args.dtype == DType::bf16;
-      check_kernel(run, problem, table->isa, "linear_panel", table->linear_panel, pairs ? as_pairs : as_given);
-      if (small) check_kernel(run, problem, table->isa, "linear_small_m", table->linear_small_m, as_given);
-      if (table->linear_tiles != nullptr && args.dtype == DType::bf16) {
-        check_kernel(run, problem, table->isa, "linear_tiles", table->linear_tiles, as_pairs);
-      }
-    }
+    check_native(run, problem);
+    check_int8(run, &problem);
   }
+  for (const int64_t cols : {1, 3, 4, 17, 64, 127, 512, 513, 1000}) check_exact_products(run, 1 + cols % 40, 70, cols);
 }
 
 }  // namespace nybble::test

@@ -128,7 +128,7 @@ def test_explain_tells_the_kernel_of_a_shape(isa: str) -> None:
     assert (small.kernel, large.kernel) == ("linear_small_m", "linear_tiles" if tiles else "linear_panel")
     assert small.isa == large.isa == isa
     assert small.compute == "fp32"
-    assert large.compute == ("bf16 pairs, fp32 accumulation" if isa in ("amx", "avx512bf16") else "fp32")
+    assert large.compute == ("bf16 pairs, fp32 accumulation" if isa in ("amx", "avx512bf16", "neonbf16") else "fp32")
     assert explain((64, 128), m=9, dtype=torch.float32).compute == "fp32"
     assert explain((64, 128), m=9, dtype=torch.float16).compute == "fp32"
     assert explain((64, 128), m=9, dtype=torch.float32).kernel == "linear_panel"
