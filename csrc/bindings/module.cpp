@@ -289,12 +289,15 @@ PyMethodDef kLinearMethods[] = {
     {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(linear_call)), METH_FASTCALL, kLinearDoc},
     {nullptr, nullptr, 0, nullptr}};
 
-py::dict explain_linear(int64_t rows, int64_t cols, int64_t m, int dtype, bool int8, bool grad_input, int compute) {
+py::dict explain_linear(int64_t rows, int64_t cols, int64_t m, int dtype, bool int8, bool grad_input, int compute,
+                        int64_t block_size) {
   const KernelTable& table = kernels();
   LinearArgs args;
   args.weight.rows = rows;
   args.weight.cols = cols;
   args.weight.int8 = int8;
+  args.weight.packed4.block_shift = 0;
+  while (int64_t{1} << (args.weight.packed4.block_shift + 1) <= block_size) ++args.weight.packed4.block_shift;
   args.m = m;
   args.dtype = static_cast<DType>(dtype);
   args.grad_input = grad_input;
@@ -359,5 +362,5 @@ PYBIND11_MODULE(_core, m) {
                   py::arg("cols"));
   if (PyModule_AddFunctions(m.ptr(), kLinearMethods) != 0) throw py::error_already_set();
   m.def("explain_linear", &explain_linear, py::arg("rows"), py::arg("cols"), py::arg("m"), py::arg("dtype"),
-        py::arg("int8"), py::arg("grad_input"), py::arg("compute"));
+        py::arg("int8"), py::arg("grad_input"), py::arg("compute"), py::arg("block_size"));
 }

@@ -115,8 +115,9 @@ struct KernelTable {
   Status (*dequantize_int8)(const DequantizeRowsArgs&);
   Status (*linear_small_m)(const LinearArgs&);
   Status (*linear_panel)(const LinearArgs&);
-  Status (*linear_tiles)(const LinearArgs&);  // null where the ISA has no matrix unit; bf16 only
-  Status (*linear_int8)(const LinearArgs&);   // Compute::int8, forward only
+  Status (*linear_tiles)(const LinearArgs&);      // null where the ISA has no matrix unit; bf16 only
+  Status (*linear_tiles_few)(const LinearArgs&);  // likewise; forward, at most 32 rows of x
+  Status (*linear_int8)(const LinearArgs&);       // Compute::int8, forward only
 };
 
 }  // namespace nybble

@@ -6,8 +6,10 @@
 #include "cpu/linear_small_m.inl"
 #ifdef NYBBLE_AMX
 #include "cpu/linear_tiles.inl"
+#include "cpu/linear_tiles_few.inl"
 #else
 constexpr Status (*linear_tiles)(const LinearArgs&) = nullptr;
+constexpr Status (*linear_tiles_few)(const LinearArgs&) = nullptr;
 #endif
 
 #ifdef NYBBLE_BF16_DOT
@@ -18,6 +20,6 @@ constexpr bool kBf16Dot = false;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    NYBBLE_ISA_NAME, kBf16Dot,        quantize_4bit,  dequantize_4bit, quantize_8bit, dequantize_8bit,
-    quantize_int8,   dequantize_int8, linear_small_m, linear_panel,    linear_tiles,  linear_int8,
+    NYBBLE_ISA_NAME, kBf16Dot,       quantize_4bit, dequantize_4bit, quantize_8bit,    dequantize_8bit, quantize_int8,
+    dequantize_int8, linear_small_m, linear_panel,  linear_tiles,    linear_tiles_few, linear_int8,
 };

@@ -87,10 +87,18 @@ struct DenseRows {
 
   template <class T>
   void row(int64_t row, int64_t column, int64_t count, T* out) const {
+    if (copies(out)) {
+      const T* from = static_cast<const T*>(data) + row * stride + column;
+      memcpy(static_cast<void*>(out), from, static_cast<size_t>(count) * sizeof(T));
+      return;
+    }
     alignas(64) float values[kChunk];
     load_floats(data, dtype, row * stride + column, count, values);
     from_floats(values, count, out);
   }
+
+  bool copies(const float*) const { return dtype == DType::f32; }
+  bool copies(const Bf16*) const { return dtype == DType::bf16; }
 
   NYBBLE_INLINE void fetch(int64_t, int64_t, int64_t) const {}
 };

@@ -117,15 +117,32 @@ static bool decodes_in_place(const Weight& weight, int64_t unit) {
 }
 static bool decodes_in_place(const DenseRows&, int64_t) { return false; }
 static bool decodes_in_place(const WeightRows& source, int64_t unit) { return decodes_in_place(*source.weight, unit); }
+// Whether decode_row takes the rows of a weight.
+static bool decodes_rows(const WeightRows& source) {
+  const Weight& weight = *source.weight;
+  return weight.is_int8() ? weight.cols > 0 && weight.cols % kGroupOf == 0 : decodes_in_place(weight, kGroupOf);
+}
+static bool decodes_rows(const DenseRows&) { return false; }
 
 static inline Bf16* tile_row(char* tiles, int64_t step, int64_t row) {
   char* tile = tiles + step * kPairBytes + row / kTileSide * kTileBytes;
   return reinterpret_cast<Bf16*>(tile) + row % kTileSide * kTileDepth;
 }
 
+static void decode_row_int8(const WeightRows& source, int64_t row, int64_t place, int64_t first_step, int64_t steps,
+                            char* tiles) {
+  const int8_t* q = source.weight->rows8.q + row * source.weight->cols + first_step * kTileDepth;
+  const float by = source.weight->rows8.absmax[row] / 127.0F;
+  for (int64_t step = 0; step < steps; step += 2, q += kGroupOf) {
+    prefetch(q + steps * kTileDepth);  // the next chunk of this row, or the next row
+    decode_apart_int8_scaled(q, by, tile_row(tiles, step, place), tile_row(tiles, step + 1, place));
+  }
+}
+
 // Forward, a row of W: steps first_step on, from the packed bytes.
 static void decode_row(const WeightRows& source, int64_t row, int64_t place, int64_t first_step, int64_t steps,
                        char* tiles) {
+  if (source.weight->is_int8()) return decode_row_int8(source, row, place, first_step, steps, tiles);
   const Packed4 from = source.weight->packed4;  // a copy: nothing that is stored can change it
   const Table codes = load_table(from.codebook);
   const int64_t start = row * source.weight->cols + first_step * kTileDepth;
@@ -149,7 +166,7 @@ static void decode_row(const DenseRows&, int64_t, int64_t, int64_t, int64_t, cha
 template <class Source>
 static void fill_rows(const Source& source, int64_t row, int64_t rows, int64_t length, int64_t first_step,
                       int64_t steps, char* tiles) {
-  const bool in_place = decodes_in_place(source, kGroupOf);
+  const bool in_place = decodes_rows(source);
   alignas(64) Bf16 values[kGroupOf];
   for (int64_t i = 0; i < kWide; ++i) {
     if (i < rows && in_place) {
@@ -330,7 +347,7 @@ static void tiles_task(void* context, int64_t index) {
   close_tiles();
 }
 
-static Status linear_tiles(const LinearArgs& args) {
+static Status linear_tiles_as(const LinearArgs& args, void (*task)(void*, int64_t), int64_t columns_of_task) {
   if (args.dtype != DType::bf16) return bad_argument("dtype", static_cast<int64_t>(args.dtype));
   if (args.m == 0 || args.columns() == 0) return success();
   Failure failure;
@@ -351,8 +368,12 @@ static Status linear_tiles(const LinearArgs& args) {
     job.first_row = row;
     job.rows = smaller(kRowsOfBlock, args.m - row);
     parallel_for(args.threads, job.groups(), arrange_task, &job);
-    parallel_for(args.threads, divide_up(args.columns(), job.shape.columns), tiles_task, &job);
+    parallel_for(args.threads, divide_up(args.columns(), columns_of_task), task, &job);
   }
   trim_scratch();
   return failure.status();
+}
+
+static Status linear_tiles(const LinearArgs& args) {
+  return linear_tiles_as(args, tiles_task, tile_shape(args).columns);
 }

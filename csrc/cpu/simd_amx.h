@@ -16,13 +16,17 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// GCC's tile intrinsics do not tell it all that they read: it may drop or delay stores that only a tile load sees. So
-// the configuration is a constant, and a fence for the compiler stands before tiles are read.
-constexpr TileConfig kTileConfig;
-static inline void open_tiles() {
+// GCC's tile intrinsics do not tell it all that they read and write: it may drop or delay stores that only a tile load
+// sees, or load before a tile is stored. So the configuration is a constant, and this stands between.
+static NYBBLE_INLINE void tile_fence() {
 #if defined(__GNUC__)
   __asm__ volatile("" : : : "memory");
 #endif
+}
+
+constexpr TileConfig kTileConfig;
+static inline void open_tiles() {
+  tile_fence();
   _tile_loadconfig(&kTileConfig);
 }
 static inline void close_tiles() { _tile_release(); }
@@ -32,6 +36,7 @@ static inline void close_tiles() { _tile_release(); }
 template <int Groups, bool Swap>
 static inline void multiply_tiles(const char* left, int64_t left_stride, const char* right, int64_t right_group,
                                   int64_t steps, bool first, float* sums) {
+  tile_fence();
   if (first) {
     _tile_zero(0);
     _tile_zero(2);
@@ -78,6 +83,55 @@ static inline void multiply_tiles(const char* left, int64_t left_stride, const c
     _tile_stored(1, sums + kTileFloats, 64);
     _tile_stored(3, sums + 3 * kTileFloats, 64);
   }
+  tile_fence();
+}
+
+// The instructions name their tiles; these choose them by template arguments. Sums are tiles 0 to 3, left factors 4 and
+// 5, right ones 6 and 7.
+template <int Tile>
+static NYBBLE_INLINE void zero_tile() {
+  if constexpr (Tile == 0) _tile_zero(0);
+  if constexpr (Tile == 1) _tile_zero(1);
+  if constexpr (Tile == 2) _tile_zero(2);
+  if constexpr (Tile == 3) _tile_zero(3);
+}
+template <int Tile>
+static NYBBLE_INLINE void load_tile(const char* p) {
+  if constexpr (Tile == 4) _tile_loadd(4, p, 64);
+  if constexpr (Tile == 5) _tile_loadd(5, p, 64);
+  if constexpr (Tile == 6) _tile_loadd(6, p, 64);
+  if constexpr (Tile == 7) _tile_loadd(7, p, 64);
+}
+template <int Sum, int Left, int Right>
+static NYBBLE_INLINE void multiply_add_tiles() {
+#define NYBBLE_MULTIPLY(sum, left, right) \
+  if constexpr (Sum == sum && Left == left && Right == right) _tile_dpbf16ps(sum, left, right)
+#define NYBBLE_MULTIPLY_INTO(sum) \
+  NYBBLE_MULTIPLY(sum, 4, 6);     \
+  NYBBLE_MULTIPLY(sum, 4, 7);     \
+  NYBBLE_MULTIPLY(sum, 5, 6);     \
+  NYBBLE_MULTIPLY(sum, 5, 7)
+  NYBBLE_MULTIPLY_INTO(0);
+  NYBBLE_MULTIPLY_INTO(1);
+  NYBBLE_MULTIPLY_INTO(2);
+  NYBBLE_MULTIPLY_INTO(3);
+#undef NYBBLE_MULTIPLY_INTO
+#undef NYBBLE_MULTIPLY
+}
+// Tiles 0 to 3 -> four times `step` floats.
+static NYBBLE_INLINE void store_sum_tiles(float* p, int64_t step) {
+  _tile_stored(0, p, 64);
+  _tile_stored(1, p + step, 64);
+  _tile_stored(2, p + 2 * step, 64);
+  _tile_stored(3, p + 3 * step, 64);
+}
+
+// Tiles 0 and 2 -> side by side, 1 and 3 -> `step` floats further on.
+static NYBBLE_INLINE void store_pair_tiles(float* p, int64_t step) {
+  _tile_stored(0, p, 64);
+  _tile_stored(2, p + kTileFloats, 64);
+  _tile_stored(1, p + step, 64);
+  _tile_stored(3, p + step + kTileFloats, 64);
 }
 
 static inline __m512i lane_numbers() { return _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
@@ -114,6 +168,37 @@ static inline void decode_apart_two(const uint8_t* p, Table16 table, Bf16* even,
   const __m512i low = _mm512_ternarylogic_epi32(words, nibble, block, kAndOr);
   store_tile_row(even, _mm512_permutexvar_epi16(high, table.entries));
   store_tile_row(odd, _mm512_permutexvar_epi16(low, table.entries));
+}
+// Words of bf16 bits in the high halves of `a` and of `b`, in turns.
+static inline __m512i pair_halves(__m512i a, __m512i b) {
+  constexpr int kSelect = 0xCA;  // a ? b : c
+  return _mm512_ternarylogic_epi32(_mm512_set1_epi32(0xFFFF), _mm512_srli_epi32(a, 16), b, kSelect);
+}
+// 16 int8, byte `Byte` of every dword, as fp32.
+template <int Byte>
+static inline __m512 floats_of_byte(__m512i fours) {
+  return _mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(fours, 24 - 8 * Byte), 24));
+}
+// 64 int8 -> the even and the odd ones, exactly: an integer of 8 bits fits bf16, so its fp32 has a low half of zeros.
+static inline void decode_apart_int8(const int8_t* p, Bf16* even, Bf16* odd) {
+  const __m512i q = _mm512_loadu_si512(p);
+  const __m512i first = _mm512_castps_si512(floats_of_byte<0>(q)), second = _mm512_castps_si512(floats_of_byte<1>(q));
+  const __m512i third = _mm512_castps_si512(floats_of_byte<2>(q)), fourth = _mm512_castps_si512(floats_of_byte<3>(q));
+  store_tile_row(even, pair_halves(first, third));
+  store_tile_row(odd, pair_halves(second, fourth));
+}
+// The same times `by`, rounded to nearest even; denormals become zeros, as for the multiplication of tiles.
+static inline __m512i rounded_halves(__m512 v, __m512 by) {
+  const __m256i words = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(_mm512_mul_ps(v, by)));
+  return _mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16);
+}
+static inline void decode_apart_int8_scaled(const int8_t* p, float by, Bf16* even, Bf16* odd) {
+  const __m512i q = _mm512_loadu_si512(p);
+  const __m512 scale = _mm512_set1_ps(by);
+  store_tile_row(even,
+                 pair_halves(rounded_halves(floats_of_byte<0>(q), scale), rounded_halves(floats_of_byte<2>(q), scale)));
+  store_tile_row(odd,
+                 pair_halves(rounded_halves(floats_of_byte<1>(q), scale), rounded_halves(floats_of_byte<3>(q), scale)));
 }
 // 64 elements in order -> the even and the odd ones.
 static inline void split_apart(const Bf16* values, Bf16* even, Bf16* odd) {

@@ -76,5 +76,5 @@ def linear(
     /,
 ) -> None: ...
 def explain_linear(
-    rows: int, cols: int, m: int, dtype: int, int8: bool, grad_input: bool, compute: int
+    rows: int, cols: int, m: int, dtype: int, int8: bool, grad_input: bool, compute: int, block_size: int
 ) -> dict[str, str]: ...

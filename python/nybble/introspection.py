@@ -56,6 +56,7 @@ def explain(
     format: str | None = None,
     device: str | torch.device | None = None,
     compute: str | None = None,
+    block_size: int | None = None,
 ) -> Explanation:
     """Which kernel would run a quantized linear operation, and why.
 
@@ -64,7 +65,7 @@ def explain(
         m: rows of x, all leading dimensions together. dtype: of x: float32, float16 or bfloat16.
         grad_input: ask about the backward with respect to x instead of the forward.
         format: of the weight, when a shape is given ("nf4" by default). device: likewise ("cpu"). compute: likewise,
-            None or "int8" (`QuantConfig.compute`).
+            None or "int8" (`QuantConfig.compute`). block_size: likewise (64), of 4-bit formats.
 
     >>> explain((4096, 4096), m=1).kernel
     'linear_small_m'
@@ -79,7 +80,7 @@ def explain(
             raise TypeError(f"module is a {type(layer).__name__}; a QuantLinear or a LoRALinear over one is needed")
         out_features, in_features = layer.out_features, layer.in_features
         format, device = layer.config.format_name, layer.packed_weight().packed.device
-        compute = layer.config.compute
+        compute, block_size = layer.config.compute, layer.config.block_size
     else:
         if not isinstance(module_or_shape, Sequence) or len(module_or_shape) != 2:
             raise TypeError(
@@ -89,10 +90,11 @@ def explain(
         if len(shape) != 2 or min(shape) < 0:
             raise ValueError(f"shape is {shape}; it must be (out_features, in_features), sizes of 0 or more")
         out_features, in_features = shape
-        format = QuantConfig(format=format or "nf4", compute=compute).format_name
+        config = QuantConfig(format=format or "nf4", compute=compute, block_size=block_size or 64)
+        format, block_size = config.format_name, config.block_size
     device = torch.device(device or "cpu")
     found = backends.of(device).explain_linear(
-        out_features, in_features, m, dtype, format == "int8", grad_input, COMPUTES[compute]
+        out_features, in_features, m, dtype, format == "int8", grad_input, COMPUTES[compute], block_size or 64
     )
     return Explanation(
         operation="grad_input" if grad_input else "forward",

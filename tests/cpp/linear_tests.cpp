@@ -38,12 +38,15 @@ struct Expected {
 
 double gamma_of(double n, double unit) { return n * unit / (1.0 - n * unit); }
 
-// `pairs`: what is multiplied is rounded to bf16 first.
-Expected expected(const Problem& problem, bool pairs) {
+// `pairs`: what is multiplied is rounded to bf16 first. `bare_codes`: of the weight that is the codes, and their sums
+// are scaled, so an underflow counts in units of a scale.
+Expected expected(const Problem& problem, bool pairs, bool bare_codes = false) {
   const LinearArgs& args = problem.args;
   const auto operand = [&](double value) { return pairs ? rounded(value, DType::bf16) : value; };
   std::vector<double> weight = problem.weight;
-  for (size_t i = 0; pairs && i < weight.size(); ++i) weight[i] = operand(problem.weight_floats[i]);
+  for (size_t i = 0; pairs && !bare_codes && i < weight.size(); ++i) weight[i] = operand(problem.weight_floats[i]);
+  double largest = 0.0;
+  for (const double value : weight) largest = std::max(largest, std::fabs(value));
   const int64_t length = args.contraction(), columns = args.columns(), rank = args.side.rank;
   const double n = static_cast<double>(length + rank + 8);
   Expected result;
@@ -67,6 +70,7 @@ Expected expected(const Problem& problem, bool pairs) {
       if (args.bias != nullptr) add(problem.bias.exact[static_cast<size_t>(column)], 1.0);
       double bound = (gamma_of(n, 0x1p-24) + gamma_of(n, 0x1p-53)) * size + 3.0 * n * (pairs ? 0x1p-126 : 0x1p-150);
       if (pairs) bound += 0x1p-126 * factors;
+      if (bare_codes) bound += 0x1p-8 * (1.0 + 0x1p-8) * size + 3.0 * n * 0x1p-126 * largest;
       // A decoded weight may underflow too, which x multiplies: code * scale, or the absmax / 127 that q multiplies.
       bound += (args.weight.is_int8() ? 128.0 : 1.0) * 0x1p-150 * factors;
       bound += unit_roundoff(args.dtype) * (std::fabs(exact) + bound) + smallest_error(args.dtype);
@@ -206,6 +210,7 @@ std::unique_ptr<Output> check_kernel(Run& run, const Problem& problem, const cha
 void check_native(Run& run, const Problem& problem) {
   const LinearArgs& args = problem.args;
   const Expected as_given = expected(problem, false), as_pairs = expected(problem, true);
+  const Expected as_codes = expected(problem, true, true);
   const bool small = !args.grad_input && args.m <= kSmallM && (args.weight.is_int8() || args.weight.cols % 8 == 0);
   for (const KernelTable* table : run.tables) {
     const bool pairs = table->bf16_dot && args.dtype == DType::bf16;
@@ -213,6 +218,7 @@ void check_native(Run& run, const Problem& problem) {
     if (small) check_kernel(run, problem, table->isa, "linear_small_m", table->linear_small_m, as_given);
     if (table->linear_tiles != nullptr && args.dtype == DType::bf16) {
       check_kernel(run, problem, table->isa, "linear_tiles", table->linear_tiles, as_pairs);
+      check_kernel(run, problem, table->isa, "linear_tiles_few", table->linear_tiles_few, as_codes);
     }
   }
 }

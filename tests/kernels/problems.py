@@ -63,11 +63,19 @@ def decoded(weight: QuantTensor) -> Tensor:
     )
 
 
-def uses_pairs(problem: Problem) -> bool:
-    """Whether the kernel multiplies bf16 pairs; it is asked, so the promise of `explain` is what is tested."""
+def explained(problem: Problem) -> dict[str, str]:
+    """What `explain` says of the problem: its promise is what is tested."""
     m = math.prod(problem.x.shape[:-1])
-    rows, columns = problem.weight.shape
-    found = cpu.explain_linear(rows, columns, m, problem.x.dtype, problem.weight.codebook is None, problem.grad)
+    weight = problem.weight
+    rows, columns = weight.shape
+    int8 = weight.codebook is None
+    block = 64 if int8 else weight.block_size
+    return cpu.explain_linear(rows, columns, m, problem.x.dtype, int8, problem.grad, block_size=block)
+
+
+def uses_pairs(problem: Problem) -> bool:
+    """Whether the kernel multiplies bf16 pairs."""
+    found = explained(problem)
     assert found["compute"] in ("fp32", "bf16 pairs, fp32 accumulation")
     return found["compute"] != "fp32"
 
@@ -88,16 +96,21 @@ def expected(problem: Problem) -> tuple[Tensor, Tensor]:
     results as zero: a product loses at most 2^-126 times the other factor, an addition 2^-126 for each of its three
     numbers, of which there are at most 3 n.
 
+    linear_tiles_few rounds the codes, not the weights, to bf16, and scales sums of bare products: each weight is off by
+    2^-8 of itself, and an underflow counts in units of the block's scale.
+
     The result is rounded to the output's dtype: u_out * |result|, or TINY where that is denormal.
     """
     pairs = uses_pairs(problem)
+    bare_codes = explained(problem)["kernel"] == "linear_tiles_few"
     x, weight = problem.x.double(), decoded(problem.weight)
     side, side_weight = problem.side, problem.side_weight
     if pairs:
-        if problem.weight.codebook is None:
+        if problem.weight.codebook is None and not bare_codes:
             by = problem.weight.absmax / 127.0
             weight = problem.weight.packed.float() * by.unsqueeze(1)
-        weight = weight.bfloat16()
+        if not bare_codes:
+            weight = weight.bfloat16()
         side = None if side is None else side.bfloat16()
         side_weight = None if side_weight is None else side_weight.bfloat16()
     right = weight.double() if problem.grad else weight.double().t()
@@ -115,6 +128,8 @@ def expected(problem: Problem) -> tuple[Tensor, Tensor]:
     bound = (gamma(2.0**-24) + gamma(2.0**-53)) * size + 3 * n * 2.0 ** (-126 if pairs else -150)
     if pairs:
         bound = bound + 2.0**-126 * (x.abs().sum(-1, keepdim=True) + right.abs().sum(0))
+    if bare_codes:
+        bound = bound + 2.0**-8 * (1 + 2.0**-8) * size + 3 * n * 2.0**-126 * weight.double().abs().max()
     dtype = problem.x.dtype
     if dtype != torch.float32:
         bound = bound + UNIT[dtype] * (exact.abs() + bound) + TINY[dtype]

@@ -124,8 +124,10 @@ def test_no_instruction_set_flag_reaches_the_compiler() -> None:
 
 def test_explain_tells_the_kernel_of_a_shape(isa: str) -> None:
     tiles = isa == "amx"  # bf16 only
-    small, large = explain((64, 128), m=4), explain((64, 128), m=9)
-    assert (small.kernel, large.kernel) == ("linear_small_m", "linear_tiles" if tiles else "linear_panel")
+    small, large = explain((64, 128), m=2), explain((64, 128), m=9)
+    assert (small.kernel, large.kernel) == ("linear_small_m", "linear_tiles_few" if tiles else "linear_panel")
+    assert explain((64, 128), m=33).kernel == ("linear_tiles" if tiles else "linear_panel")
+    assert explain((64, 128), m=9, block_size=32).kernel == ("linear_tiles" if tiles else "linear_panel")
     assert small.isa == large.isa == isa
     assert small.compute == "fp32"
     assert large.compute == ("bf16 pairs, fp32 accumulation" if isa in ("amx", "avx512bf16", "neonbf16") else "fp32")

@@ -330,8 +330,17 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def explain_linear(
-    out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool, compute: int = 0
+    out_features: int,
+    in_features: int,
+    m: int,
+    dtype: torch.dtype,
+    int8: bool,
+    grad_input: bool,
+    compute: int = 0,
+    block_size: int = 64,
 ) -> dict[str, str]:
     """Which kernel `linear` (or `grad_input`) would run, and why: kernel, isa, compute, reason."""
     compute = 0 if grad_input else compute
-    return _core.explain_linear(out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input, compute)
+    return _core.explain_linear(
+        out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input, compute, block_size
+    )

@@ -80,7 +80,14 @@ def grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weight
 
 
 def explain_linear(
-    out_features: int, in_features: int, m: int, dtype: torch.dtype, int8: bool, grad_input: bool, compute: int = 0
+    out_features: int,
+    in_features: int,
+    m: int,
+    dtype: torch.dtype,
+    int8: bool,
+    grad_input: bool,
+    compute: int = 0,
+    block_size: int = 64,
 ) -> dict[str, str]:
     """What would run, and why."""
     rounded = compute == 1 and not grad_input
