@@ -75,8 +75,9 @@ Choice with(const Kernel& kernel, const KernelTable& table, const LinearArgs& ar
 }
 
 // Rows of x from which on tiles beat decoding in registers (4096 x 4096, Sapphire Rapids class; NF4 0.57 ms for 2 rows,
-// 0.88 for 4 in registers, 0.73 in tiles that are scaled afterwards, 1.0 in others; int8 1.3, 1.6 and 1.3).
-constexpr int64_t kTilesFewFrom = 3;
+// 0.88 for 4 in registers, 0.73 in tiles that are scaled afterwards, 1.0 in others; int8 0.67, 0.77, 1.3, and 1.8 for
+// 8).
+constexpr int64_t kTilesFewFrom = 3, kTilesFewFromInt8 = 5;
 constexpr int64_t kTilesFrom = 5;
 
 }  // namespace
@@ -94,7 +95,7 @@ Choice choose_linear(const KernelTable& table, const LinearArgs& args) {
     return with(kPanel, table, args,
                 "grad_input contracts over the weight's rows: one decoded panel serves both directions");
   }
-  if (can_run(kTilesFew, table, args) && args.m >= kTilesFewFrom) {
+  if (can_run(kTilesFew, table, args) && args.m >= (args.weight.is_int8() ? kTilesFewFromInt8 : kTilesFewFrom)) {
     return with(kTilesFew, table, args,
                 "bf16, a matrix unit and few rows of x: tiles hold bare codes, sums are scaled");
   }

@@ -203,30 +203,49 @@ static void multiply_packed(const SmallJob& job, int64_t first, int64_t rows, fl
 
 // ---- int8 -----------------------------------------------------------------------------------------------------------
 
-template <int M>
-static void int8_row(const SmallJob& job, int64_t row, float* out) {
+// out[m * kRowsOfStrip + r * step] = row first + r * step of W times row m of x. The row's scale is applied to the
+// sums, or to the weights where x is so large that sums of its products with bare integers would leave fp32's range.
+template <int Rows, int M>
+static void int8_rows(const SmallJob& job, int64_t first, int64_t step, float* out) {
   const Weight& weight = job.args->weight;
-  const int8_t* q = weight.rows8.q + row * weight.cols;
-  const float by = weight.rows8.absmax[row] / 127.0F;
-  F32 sums[2][M];
-  for (int m = 0; m < M; ++m) sums[0][m] = sums[1][m] = zero();
+  const int64_t cols = weight.cols;
+  const int8_t* q[Rows];
+  float by[Rows], before[Rows];
+  F32 sums[Rows * M];
+  for (int r = 0; r < Rows; ++r) {
+    q[r] = weight.rows8.q + (first + r * step) * cols;
+    by[r] = weight.rows8.absmax[first + r * step] / 127.0F;
+    before[r] = job.scale_first ? by[r] : 1.0F;
+    for (int m = 0; m < M; ++m) sums[r * M + m] = zero();
+  }
   int64_t i = 0;
-  for (; i + 2 * kLanes <= weight.cols; i += 2 * kLanes) {
-    // Scaled before the sum, so that no partial sum leaves fp32's range where the result does not.
-    const F32 first = mul(load(q + i), broadcast(by));
-    const F32 second = mul(load(q + i + kLanes), broadcast(by));
+  for (; i + kLanes <= cols; i += kLanes) {
+    F32 weights[Rows];
+    for (int r = 0; r < Rows; ++r) {
+      if (i % 64 == 0) prefetch_near(q[r] + i + kPrefetch);
+      weights[r] = load(q[r] + i);
+      if (job.scale_first) weights[r] = mul(weights[r], broadcast(before[r]));
+    }
     for (int m = 0; m < M; ++m) {
-      const float* x = job.x + m * job.args->weight.cols + i;
-      sums[0][m] = fma(first, load(x), sums[0][m]);
-      sums[1][m] = fma(second, load(x + kLanes), sums[1][m]);
+      const F32 values = load(job.x + m * cols + i);
+      for (int r = 0; r < Rows; ++r) sums[r * M + m] = fma(weights[r], values, sums[r * M + m]);
     }
   }
-  for (int m = 0; m < M; ++m) out[m * kRowsOfStrip] = sum(add(sums[0][m], sums[1][m]));
-  for (; i < weight.cols; ++i) {
+  for (int r = 0; r < Rows; ++r) {
     for (int m = 0; m < M; ++m) {
-      out[m * kRowsOfStrip] += static_cast<float>(q[i]) * by * job.x[m * job.args->weight.cols + i];
+      float total = sum(sums[r * M + m]);
+      for (int64_t j = i; j < cols; ++j) total += static_cast<float>(q[r][j]) * before[r] * job.x[m * cols + j];
+      out[m * kRowsOfStrip + r * step] = job.scale_first ? total : total * by[r];
     }
   }
+}
+
+template <int M>
+static void multiply_int8(const SmallJob& job, int64_t first, int64_t rows, float* out) {
+  constexpr int kTogether = rows_together(M);
+  const int64_t step = rows / kTogether;
+  for (int64_t row = 0; row < step; ++row) int8_rows<kTogether, M>(job, first + row, step, out + row);
+  for (int64_t row = step * kTogether; row < rows; ++row) int8_rows<1, M>(job, first + row, 1, out + row);
 }
 
 // ---- one task -------------------------------------------------------------------------------------------------------
@@ -268,7 +287,7 @@ static void small_m_task(void* context, int64_t index) {
   const int64_t rows = smaller(args.weight.rows - first, kRowsOfStrip);
   alignas(64) float out[M * kRowsOfStrip];
   if (args.weight.is_int8()) {
-    for (int64_t row = 0; row < rows; ++row) int8_row<M>(job, first + row, out + row);
+    multiply_int8<M>(job, first, rows, out);
   } else {
     multiply_packed<M>(job, first, rows, out);
   }
@@ -314,14 +333,25 @@ static void arrange_inputs(const LinearArgs& args, int64_t padded, float* to) {
   }
 }
 
-// Whether a product of an x with a bare code, or a sum of eight, can leave fp32's normal range.
-static bool leaves_range(const float* x, int64_t count, const float* codebook) {
-  float most = 0.0F, least = 1.0F;
+// Magnitudes of what x is multiplied with before it is scaled, and how many products are summed before that.
+struct BareRange {
+  float least, most;
+  float terms;
+};
+
+static BareRange bare_range(const Weight& weight) {
+  if (weight.is_int8()) return {1.0F, 128.0F, static_cast<float>(weight.cols)};
+  BareRange range{1.0F, 0.0F, kWord};
   for (int i = 0; i < 16; ++i) {
-    const float magnitude = float_of(bits_of(codebook[i]) & 0x7FFFFFFFU);
-    most = magnitude > most ? magnitude : most;
-    least = magnitude > 0.0F && magnitude < least ? magnitude : least;
+    const float magnitude = float_of(bits_of(weight.packed4.codebook[i]) & 0x7FFFFFFFU);
+    range.most = magnitude > range.most ? magnitude : range.most;
+    range.least = magnitude > 0.0F && magnitude < range.least ? magnitude : range.least;
   }
+  return range;
+}
+
+// Whether a product of an x with a bare weight, or a sum of those, can leave fp32's normal range.
+static bool leaves_range(const float* x, int64_t count, BareRange range) {
   // Magnitudes compare as their bits do, and an infinity or a NaN is the largest. Zeros, which take no part, become
   // the largest by the wrap-around.
   uint32_t largest = 0, smallest = 0xFFFFFFFFU;
@@ -332,8 +362,8 @@ static bool leaves_range(const float* x, int64_t count, const float* codebook) {
   }
   if (largest == 0) return false;
   constexpr float kLargest = 1.0e38F, kSmallest = 1.2e-38F;
-  return largest >= kInfinity || !(float_of(largest) * most * 8.0F < kLargest) ||
-         float_of(smallest + 1U) * least < kSmallest;
+  return largest >= kInfinity || !(float_of(largest) * range.most * range.terms < kLargest) ||
+         float_of(smallest + 1U) * range.least < kSmallest;
 }
 
 static Status linear_small_m(const LinearArgs& args) {
@@ -347,8 +377,7 @@ static Status linear_small_m(const LinearArgs& args) {
   auto* x = static_cast<float*>(scratch(Slot::inputs, static_cast<size_t>(bytes)));
   if (x == nullptr) return out_of_memory(bytes);
   arrange_inputs(args, padded, x);
-  SmallJob job{&args, x, nullptr, false};
-  if (!args.weight.is_int8()) job.scale_first = leaves_range(x, count, args.weight.packed4.codebook);
+  SmallJob job{&args, x, nullptr, leaves_range(x, count, bare_range(args.weight))};
   if (args.side.rank > 0) {
     Operand side;
     const Status status = prepare<StepF32>(args.side.left, args.side.left_dtype, args.m, args.side.rank, args.side.rank,
