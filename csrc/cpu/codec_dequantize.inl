@@ -1,39 +1,26 @@
 // Dequantize: 4-bit blocks, 8-bit blocks, int8 rows, each as a source of any run of elements.
 
-// out[i] = map[codes[i]]. Eight at a time, since for all the compiler knows the stores might change the codes.
-static inline void look_up(const uint8_t* codes, int64_t count, const float* map, float* out) {
-  int64_t i = 0;
-  for (; i + 8 <= count; i += 8) {
-    uint64_t eight;
-    memcpy(&eight, codes + i, sizeof eight);
-    for (int j = 0; j < 8; ++j) out[i + j] = map[eight >> (8 * j) & 255];
-  }
-  for (; i < count; ++i) out[i] = map[codes[i]];
-}
-
-// Makes fp32 scales of what the codes of `count` blocks from `first` on were looked up as.
-static inline void scale_nested(const BlockScales& scales, int64_t first, int64_t count, float* values) {
-  const float offset = *scales.offset;
-  for (int64_t done = 0; done < count;) {
-    const int64_t block = first + done;
-    const int64_t run = smaller(count - done, (((block >> scales.nested_shift) + 1) << scales.nested_shift) - block);
-    const float by = scales.nested[block >> scales.nested_shift];
-    float* to = values + done;
-    int64_t i = 0;
-    for (; i + kLanes <= run; i += kLanes) store(to + i, add(mul(load(to + i), broadcast(by)), broadcast(offset)));
-    for (; i < run; ++i) to[i] = to[i] * by + offset;
-    done += run;
-  }
-}
-
 // The fp32 scales of `count` blocks from `first` on.
 static void load_scales(const BlockScales& scales, int64_t first, int64_t count, float* out) {
   if (scales.plain != nullptr) {
     memcpy(out, scales.plain + first, static_cast<size_t>(count) * sizeof(float));
     return;
   }
-  look_up(scales.codes + first, count, scales.map, out);
-  scale_nested(scales, first, count, out);
+  const float offset = *scales.offset;
+  for (int64_t done = 0; done < count;) {
+    const int64_t block = first + done;
+    const int64_t run = smaller(count - done, (((block >> scales.nested_shift) + 1) << scales.nested_shift) - block);
+    const float by = scales.nested[block >> scales.nested_shift];
+    const uint8_t* codes = scales.codes + block;
+    float* to = out + done;
+    int64_t i = 0;
+    for (; i + kLanes <= run; i += kLanes) {
+      const F32 looked_up = gather(scales.map, load_bytes(codes + i));
+      store(to + i, add(mul(looked_up, broadcast(by)), broadcast(offset)));
+    }
+    for (; i < run; ++i) to[i] = scales.map[codes[i]] * by + offset;
+    done += run;
+  }
 }
 
 // codebook * scale, rounded to T: with it a block is decoded by lookups alone.
