@@ -341,6 +341,4 @@ def explain_linear(
 ) -> dict[str, str]:
     """Which kernel `linear` (or `grad_input`) would run, and why: kernel, isa, compute, reason."""
     compute = 0 if grad_input else compute
-    return _core.explain_linear(
-        out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input, compute, block_size
-    )
+    return _core.explain_linear(out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input, compute, block_size)
