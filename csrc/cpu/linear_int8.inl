@@ -58,22 +58,55 @@ static inline void add_tiles(const int32_t* sums, const float* scale, bool first
   }
 }
 
-// acc[rows of W][kXRows] (+)= scale * (rows of W) . (up to kXRows rows of x)
+// acc[w_rows][kXRows] (+)= scale * (rows of W) . (up to kXRows rows of x)
+static void multiply_rows_of(RowsOfW w, int64_t w_rows, const float* scale, const CodesOfX& x, int64_t x_row,
+                             int64_t x_rows, int64_t step, int64_t steps, bool first, float* acc) {
+  alignas(64) int32_t sums[32 * 32];
+  const int64_t tiles = steps / kTileSide;
+  const char* codes = reinterpret_cast<const char*>(x.at(x_row, step));
+  const bool two = x_rows > kLanes;
+  const int64_t rows = two ? 32 : 64;
+  const char* codes_below = two ? reinterpret_cast<const char*>(x.at(x_row + kLanes, step)) : nullptr;
+  for (int64_t row = 0; row < w_rows; row += rows) {
+    if (two) {
+      dot_tiles_32(w, codes, codes_below, tiles, sums);
+      add_tiles<32, 2>(sums, scale + row, first, acc + row * kXRows);
+    } else {
+      dot_tiles_16(w, codes, tiles, sums);
+      add_tiles<64, 1>(sums, scale + row, first, acc + row * kXRows);
+    }
+    w.codes += rows * w.stride;
+    if (w.next != nullptr) w.next += rows * w.stride;
+  }
+}
+
 static void multiply_codes(const CodesOfW& w, int64_t w_rows, const CodesOfX& x, int64_t x_row, int64_t x_rows,
                            int64_t step, int64_t steps, bool first, float* acc) {
-  alignas(64) int32_t sums[32 * 32];
-  const char* codes = reinterpret_cast<const char*>(x.at(x_row, step));
-  if (x_rows > kLanes) {
-    const char* next = reinterpret_cast<const char*>(x.at(x_row + kLanes, step));
-    for (int64_t row = 0; row < w_rows; row += 32) {
-      dot_tiles_32(w.codes + row * kGroup, kGroup, codes, next, steps / kTileSide, sums);
-      add_tiles<32, 2>(sums, w.scale + row, first, acc + row * kXRows);
+  multiply_rows_of({w.codes, kGroup, nullptr}, w_rows, w.scale, x, x_row, x_rows, step, steps, first, acc);
+}
+
+constexpr int64_t kExact = 65536;  // columns whose products int32 can sum: 127 * 127 * 65536 < 2^31
+
+// Rows of int8 weights that can be multiplied where they lie. For few rows of x: what is read again should be in order.
+static bool lies_in_tiles(const LinearArgs& args, int64_t width) {
+  return args.weight.is_int8() && args.m <= kNarrowUpTo && width == kNarrowTile && args.weight.cols % 64 == 0;
+}
+
+// sums = g * (q . c^T) of such a tile.
+static void sum_in_place(const Int8Job& job, int64_t first_column, int64_t first_row, int64_t rows, float* sums,
+                         float* scale) {
+  const Weight& weight = job.args->weight;
+  const int64_t length = weight.cols;
+  const int64_t most = rows > kXRows ? kGroup : kExact;
+  for (int64_t i = 0; i < kNarrowTile; ++i) scale[i] = weight.rows8.absmax[first_column + i] / 127.0F;
+  for (int64_t at = 0; at < length; at += most) {
+    const int64_t count = smaller(most, length - at);
+    const int8_t* codes = weight.rows8.q + first_column * length + at;
+    const int8_t* next = at + most < length ? codes + count : codes - at + kNarrowTile * length;
+    for (int64_t row = 0; row < rows; row += kXRows) {
+      multiply_rows_of({codes, length, row == 0 ? next : nullptr}, kNarrowTile, scale, job.x, first_row + row,
+                       rows - row, at / kCodesOfStep, count / kCodesOfTurn * kLanes, at == 0, sums + row * job.tile);
     }
-    return;
-  }
-  for (int64_t row = 0; row < w_rows; row += 64) {
-    dot_tiles_16(w.codes + row * kGroup, kGroup, codes, steps / kTileSide, sums);
-    add_tiles<64, 1>(sums, w.scale + row, first, acc + row * kXRows);
   }
 }
 #else
@@ -169,6 +202,10 @@ static void sum_codes(const Int8Job& job, int64_t first_column, int64_t width, i
   }
 #ifdef NYBBLE_AMX
   open_tiles();
+  if (lies_in_tiles(*job.args, width)) {
+    sum_in_place(job, first_column, first_row, rows, memory->sums, memory->w.scale);
+    return close_tiles();
+  }
 #endif
   for (int64_t at = 0; at < length; at += kGroup) {
     const int64_t count = smaller(kGroup, length - at);
