@@ -65,12 +65,16 @@ static void multiply_rows_of(RowsOfW w, int64_t w_rows, const float* scale, cons
   const int64_t tiles = steps / kTileSide;
   const char* codes = reinterpret_cast<const char*>(x.at(x_row, step));
   const bool two = x_rows > kLanes;
-  const int64_t rows = two ? 32 : 64;
+  const bool nar = !two && w.next != nullptr;
+  const int64_t rows = two || nar ? 32 : 64;
   const char* codes_below = two ? reinterpret_cast<const char*>(x.at(x_row + kLanes, step)) : nullptr;
   for (int64_t row = 0; row < w_rows; row += rows) {
     if (two) {
       dot_tiles_32(w, codes, codes_below, tiles, sums);
       add_tiles<32, 2>(sums, scale + row, first, acc + row * kXRows);
+    } else if (nar) {
+      dot_tiles_16_narrow(w, codes, tiles, sums);
+      add_tiles<32, 1>(sums, scale + row, first, acc + row * kXRows);
     } else {
       dot_tiles_16(w, codes, tiles, sums);
       add_tiles<64, 1>(sums, scale + row, first, acc + row * kXRows);

@@ -8,7 +8,7 @@ struct RowsOfW {
   int64_t stride;
   const int8_t* next;
 };
-constexpr int64_t kTilesAhead = 8;
+constexpr int64_t kTilesAhead = 16;
 
 static inline void fetch_rows(const RowsOfW& w, int64_t rows, int64_t tile, int64_t tiles) {
   if (w.next == nullptr) return;
@@ -65,4 +65,22 @@ static inline void dot_tiles_16(const RowsOfW& rows, const char* x, int64_t tile
   _tile_stored(1, sums + kTileSide * 16, 64);
   _tile_stored(2, sums + 2 * kTileSide * 16, 64);
   _tile_stored(3, sums + 3 * kTileSide * 16, 64);
+}
+
+// sums[R][16] = 32 rows of W times one block of x, for W that is read from memory
+static inline void dot_tiles_16_narrow(const RowsOfW& rows, const char* x, int64_t tiles, int32_t* sums) {
+  _tile_zero(0);
+  _tile_zero(1);
+  const int8_t* w = rows.codes;
+  const int64_t next = kTileSide * rows.stride;
+  for (int64_t tile = 0; tile < tiles; ++tile, w += 64, x += kTileBytes) {
+    _tile_loadd(4, x, 64);
+    _tile_loadd(5, w, rows.stride);
+    _tile_loadd(6, w + next, rows.stride);
+    _tile_dpbssd(0, 5, 4);
+    _tile_dpbssd(1, 6, 4);
+    fetch_rows(rows, 32, tile, tiles);
+  }
+  _tile_stored(0, sums, 64);
+  _tile_stored(1, sums + kTileSide * 16, 64);
 }
