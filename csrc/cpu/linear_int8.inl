@@ -32,6 +32,8 @@ constexpr int64_t kNarrowUpTo = 0;
 constexpr int kDotRows = kLanes == 16 ? 8 : 4;  // rows of W at a time: times kXVectors, the sums in registers
 #endif
 constexpr int64_t kNarrowTile = 64;
+constexpr int64_t kSlice = 32;
+constexpr int64_t kPadded = 64;
 static_assert(kWideTile % 64 == 0 && kWideTile <= kMostColumns, "tiles that finish() takes");
 static_assert(kGroup % kCodesOfTurn == 0, "groups of whole transpositions");
 
@@ -49,38 +51,30 @@ static inline void add_scaled(const Sums* sums, float scale, bool first, float* 
 }
 
 #ifdef NYBBLE_AMX
-template <int Rows, int Vectors>
-static inline void add_tiles(const int32_t* sums, const float* scale, bool first, float* acc) {
-  for (int row = 0; row < Rows; ++row) {
-    Sums lanes[Vectors];
-    for (int v = 0; v < Vectors; ++v) lanes[v] = load_steps(sums + (row * Vectors + v) * kLanes);
-    add_scaled<Vectors>(lanes, scale[row], first, acc + row * kXRows);
-  }
-}
-
 // acc[w_rows][kXRows] (+)= scale * (rows of W) . (up to kXRows rows of x)
 static void multiply_rows_of(RowsOfW w, int64_t w_rows, const float* scale, const CodesOfX& x, int64_t x_row,
                              int64_t x_rows, int64_t step, int64_t steps, bool first, float* acc) {
-  alignas(64) int32_t sums[32 * 32];
+  alignas(64) int32_t sums[kTileRowsOfW * kXRows];
   const int64_t tiles = steps / kTileSide;
   const char* codes = reinterpret_cast<const char*>(x.at(x_row, step));
   const bool two = x_rows > kLanes;
-  const bool nar = !two && w.next != nullptr;
-  const int64_t rows = two || nar ? 32 : 64;
   const char* codes_below = two ? reinterpret_cast<const char*>(x.at(x_row + kLanes, step)) : nullptr;
-  for (int64_t row = 0; row < w_rows; row += rows) {
+  for (int64_t row = 0; row < w_rows; row += kTileRowsOfW, acc += kTileRowsOfW * kXRows, scale += kTileRowsOfW) {
     if (two) {
-      dot_tiles_32(w, codes, codes_below, tiles, sums);
-      add_tiles<32, 2>(sums, scale + row, first, acc + row * kXRows);
-    } else if (nar) {
-      dot_tiles_16_narrow(w, codes, tiles, sums);
-      add_tiles<32, 1>(sums, scale + row, first, acc + row * kXRows);
+      dot_two_blocks(w, codes, codes_below, tiles, sums);
+      for (int64_t i = 0; i < kTileRowsOfW; ++i) {
+        const Sums lanes[2] = {load_steps(sums + i * kXRows), load_steps(sums + i * kXRows + kLanes)};
+        add_scaled<2>(lanes, scale[i], first, acc + i * kXRows);
+      }
     } else {
-      dot_tiles_16(w, codes, tiles, sums);
-      add_tiles<64, 1>(sums, scale + row, first, acc + row * kXRows);
+      dot_one_block(w, codes, tiles, sums);
+      for (int64_t i = 0; i < kTileRowsOfW; ++i) {
+        const Sums lanes = add_parts(sums + i * kXRows);
+        add_scaled<1>(&lanes, scale[i], first, acc + i * kXRows);
+      }
     }
-    w.codes += rows * w.stride;
-    if (w.next != nullptr) w.next += rows * w.stride;
+    w.codes += kTileRowsOfW * w.stride;
+    if (w.next != nullptr) w.next += kTileRowsOfW * w.stride;
   }
 }
 
@@ -93,22 +87,22 @@ constexpr int64_t kExact = 65536;  // columns whose products int32 can sum: 127 
 
 // Rows of int8 weights that can be multiplied where they lie. For few rows of x: what is read again should be in order.
 static bool lies_in_tiles(const LinearArgs& args, int64_t width) {
-  return args.weight.is_int8() && args.m <= kNarrowUpTo && width == kNarrowTile && args.weight.cols % 64 == 0;
+  return args.weight.is_int8() && args.m <= kNarrowUpTo && width >= kTileRowsOfW && args.weight.cols % 64 == 0;
 }
 
-// sums = g * (q . c^T) of such a tile.
+// sums = g * (q . c^T) of such a slice.
 static void sum_in_place(const Int8Job& job, int64_t first_column, int64_t first_row, int64_t rows, float* sums,
                          float* scale) {
   const Weight& weight = job.args->weight;
   const int64_t length = weight.cols;
   const int64_t most = rows > kXRows ? kGroup : kExact;
-  for (int64_t i = 0; i < kNarrowTile; ++i) scale[i] = weight.rows8.absmax[first_column + i] / 127.0F;
+  for (int64_t i = 0; i < kTileRowsOfW; ++i) scale[i] = weight.rows8.absmax[first_column + i] / 127.0F;
   for (int64_t at = 0; at < length; at += most) {
     const int64_t count = smaller(most, length - at);
     const int8_t* codes = weight.rows8.q + first_column * length + at;
-    const int8_t* next = at + most < length ? codes + count : codes - at + kNarrowTile * length;
+    const int8_t* next = at + most < length ? codes + count : codes - at + kTileRowsOfW * length;
     for (int64_t row = 0; row < rows; row += kXRows) {
-      multiply_rows_of({codes, length, row == 0 ? next : nullptr}, kNarrowTile, scale, job.x, first_row + row,
+      multiply_rows_of({codes, length, row == 0 ? next : nullptr}, kTileRowsOfW, scale, job.x, first_row + row,
                        rows - row, at / kCodesOfStep, count / kCodesOfTurn * kLanes, at == 0, sums + row * job.tile);
     }
   }
@@ -197,29 +191,32 @@ static bool int8_memory(const Int8Job& job, int64_t rows, Int8Memory* memory) {
   return false;
 }
 
-// sums = g * (q . c^T) of a tile.
-static void sum_codes(const Int8Job& job, int64_t first_column, int64_t width, int64_t first_row, int64_t rows,
-                      Int8Memory* memory) {
+// sums = g * (q . c^T) of a slice; `padded` rows of W with zeros.
+static void sum_codes(const Int8Job& job, int64_t first_column, int64_t width, int64_t padded, int64_t first_row,
+                      int64_t rows, float* sums, CodesOfW* w) {
   const int64_t length = job.args->contraction();
   if (length == 0) {
-    memset(memory->sums, 0, static_cast<size_t>(divide_up(rows, kXRows) * kXRows * job.tile) * sizeof(float));
+    for (int64_t row = 0; row < rows; row += kXRows) {
+      memset(sums + row * job.tile, 0, static_cast<size_t>(padded * kXRows) * sizeof(float));
+    }
   }
 #ifdef NYBBLE_AMX
   open_tiles();
   if (lies_in_tiles(*job.args, width)) {
-    sum_in_place(job, first_column, first_row, rows, memory->sums, memory->w.scale);
+    sum_in_place(job, first_column, first_row, rows, sums, w->scale);
     return close_tiles();
   }
 #endif
   for (int64_t at = 0; at < length; at += kGroup) {
     const int64_t count = smaller(kGroup, length - at);
     const bool last = at + kGroup >= length;
-    const TileOfW tile{first_column, width, at, count, first_column + (last ? job.tile : 0), last ? 0 : at + kGroup};
-    if (job.x.apart && at % kSection == 0) scale_section(job, tile, &memory->w);
-    decode_tile(job, tile, &memory->w);
+    const TileOfW tile{first_column,          width, at, count, padded, first_column + (last ? padded : 0),
+                       last ? 0 : at + kGroup};
+    if (job.x.apart && at % kSection == 0) scale_section(job, tile, w);
+    decode_tile(job, tile, w);
     for (int64_t row = 0; row < rows; row += kXRows) {
-      multiply_codes(memory->w, divide_up(width, 64) * 64, job.x, first_row + row, rows - row, at / kCodesOfStep,
-                     divide_up(count, kCodesOfTurn) * kLanes, at == 0, memory->sums + row * job.tile);
+      multiply_codes(*w, padded, job.x, first_row + row, rows - row, at / kCodesOfStep,
+                     divide_up(count, kCodesOfTurn) * kLanes, at == 0, sums + row * job.tile);
     }
   }
 #ifdef NYBBLE_AMX
@@ -240,7 +237,11 @@ static void int8_tile(const Int8Job& job, int64_t tile, int64_t first_row, int64
     memset(memory->side.acc, 0, static_cast<size_t>(rows * columns) * sizeof(float));
     contract<Step>(right, job.side, side.rank, true, first_column, width, first_row, rows, memory->side);
   }
-  sum_codes(job, first_column, width, first_row, rows, memory);
+  const int64_t padded = divide_up(width, kPadded) * kPadded;
+  for (int64_t at = 0; at < padded; at += job.slice) {
+    sum_codes(job, first_column + at, smaller(job.slice, width - at), smaller(job.slice, padded - at), first_row, rows,
+              memory->sums + at * kXRows, &memory->w);
+  }
   alignas(64) float block[kLanes * kWideTile];
   for (int64_t row = 0; row < rows; row += kLanes) {
     const int64_t here = smaller(kLanes, rows - row);
@@ -273,6 +274,7 @@ static Status linear_int8_as(const LinearArgs& args) {
   job.failure = &failure;
   job.unit = args.weight.is_int8() ? 0.0F : largest_code(args.weight.packed4.codebook) / 127.0F;
   job.tile = args.m <= kNarrowUpTo ? kNarrowTile : kWideTile;
+  job.slice = args.m <= kNarrowUpTo ? kSlice : kWideTile;
   job.tiles = divide_up(args.columns(), job.tile);
   job.tiles_of_task = args.m <= kNarrowUpTo ? smaller(4, larger(1, job.tiles / (4 * args.threads))) : 1;
   job.rows_per_task = divide_up(rows_per_task(args.m, job.tiles, args.threads), kXRows) * kXRows;

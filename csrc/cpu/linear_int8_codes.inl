@@ -232,6 +232,7 @@ struct Int8Job {
   Operand side;
   float unit;             // the codebook's largest magnitude / 127
   int64_t tile;           // rows of W
+  int64_t slice;          // of them
   int64_t tiles;          // of W
   int64_t tiles_of_task;  // a task's are neighbours
   int64_t rows_per_task;  // of x
@@ -243,7 +244,8 @@ struct TileOfW {
   int64_t first_row;
   int64_t rows;
   int64_t column;
-  int64_t count;  // of columns
+  int64_t count;   // of columns
+  int64_t padded;  // rows
   int64_t next_row;
   int64_t next_column;
 };
@@ -304,7 +306,7 @@ static inline void widen(int16_t* row, const int8_t* codes, int64_t count) { put
 static void decode_tile(const Int8Job& job, const TileOfW& tile, CodesOfW* to) {
   alignas(64) int8_t buffer[kGroup];
   const int64_t padded = divide_up(tile.count, kCodesOfTurn) * kCodesOfTurn;
-  for (int64_t row = 0; row < divide_up(tile.rows, 64) * 64; ++row) {
+  for (int64_t row = 0; row < tile.padded; ++row) {
     int8_t* out = codes_in(to->codes + row * kGroup, buffer);
     const int64_t here = row < tile.rows ? tile.count : 0;
     to->scale[row] = 0.0F;
