@@ -32,254 +32,12 @@ constexpr int64_t kWideTile = 64;
 constexpr int64_t kNarrowUpTo = 0;
 #endif
 constexpr int64_t kNarrowTile = 64;
+constexpr int64_t kSlice = 32;
+constexpr int64_t kPadded = 64;
 static_assert(kWideTile % 64 == 0 && kWideTile <= kMostColumns, "tiles that finish() takes");
 static_assert(kGroup % kCodesOfTurn == 0, "groups of whole transpositions");
 
-// ---- activations ----------------------------------------------------------------------------------------------------
-
-struct RowScale {
-  float by;    // out = sums * by * lift
-  float lift;  // 1, but for rows so small that 127 / absmax would overflow
-};
-
-struct CodesOfX {
-  uint32_t* codes;  // [ceil(m / kLanes)][steps][kLanes]
-  RowScale* scale;  // [m]
-  int64_t steps;    // of a row
-
-  uint32_t* at(int64_t row, int64_t step) const { return codes + (row / kLanes * steps + step) * kLanes; }
-};
-
-struct CodesJob {
-  const LinearArgs* args;
-  CodesOfX to;
-};
-
-template <class T>
-static uint32_t largest_magnitude_of(const T* x, int64_t count) {
-  I32 lanes = zero_index();
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) lanes = max_magnitude(lanes, load(x + i));
-  uint32_t largest = reduce_max(lanes);
-  for (; i < count; ++i) {
-    const uint32_t magnitude = bits_of(to_float(x[i])) & 0x7FFFFFFFU;
-    if (magnitude > largest) largest = magnitude;
-  }
-  return largest;
-}
-
-// How the codes of a row are made.
-struct Rounding {
-  float lift;
-  float by;
-};
-
-template <class T>
-static Rounding rounding_of(const T* x, int64_t count, RowScale* scale) {
-  constexpr float kLift = 0x1p100F;
-  const uint32_t magnitude = largest_magnitude_of(x, count);
-  if (magnitude >= kInfinity || magnitude == 0) {
-    *scale = {magnitude == 0 ? 0.0F : float_of(kInfinity | 1U), 1.0F};
-    return {0.0F, 0.0F};
-  }
-  const bool small = float_of(magnitude) < 1.0F / kLift;
-  const float lift = small ? kLift : 1.0F;
-  const float absmax = float_of(magnitude) * lift;
-  *scale = {absmax / 127.0F, small ? 1.0F / kLift : 1.0F};
-  return {lift, 127.0F / absmax};
-}
-
-template <class T>
-static void round_codes(const T* x, int64_t count, int64_t padded, Rounding rounding, int8_t* codes) {
-  const F32 lift = broadcast(rounding.lift);
-  const F32 by = broadcast(rounding.by);
-  int64_t i = 0;
-  if (rounding.by != 0.0F) {
-    for (; i + kLanes <= count; i += kLanes) store(codes + i, mul(mul(load(x + i), lift), by));
-    alignas(64) float tail[kLanes] = {};
-    if (i < count) {
-      for (int64_t j = i; j < count; ++j) tail[j - i] = to_float(x[j]);
-      store(codes + i, mul(mul(load(tail), lift), by));
-      i += kLanes;
-    }
-  }
-  if (i < padded) memset(codes + i, 0, static_cast<size_t>(padded - i));
-}
-
-template <class T>
-static inline void put_codes(const int8_t* codes, int64_t count, uint8_t flip, T* to) {
-  for (int64_t i = 0; i < count; ++i) to[i] = static_cast<T>(codes[i] ^ static_cast<int8_t>(flip));
-}
-
-// kLanes rows of x.
-template <class T>
-static void quantize_x_block(const LinearArgs& args, int64_t block, const CodesOfX& to) {
-  alignas(64) int8_t codes[kGroup];
-  alignas(64) Code rows[kLanes * kGroup];
-  Rounding rounding[kLanes] = {};
-  const int64_t cols = args.weight.cols;
-  const int64_t first = block * kLanes;
-  const int64_t here = smaller(kLanes, args.m - first);
-  const T* x = static_cast<const T*>(args.x) + first * args.x_stride;
-  for (int64_t row = 0; row < here; ++row) {
-    rounding[row] = rounding_of(x + row * args.x_stride, cols, to.scale + first + row);
-  }
-  for (int64_t at = 0; at < cols; at += kGroup) {
-    const int64_t count = smaller(kGroup, cols - at);
-    const int64_t padded = divide_up(count, kCodesOfTurn) * kCodesOfTurn;
-    for (int64_t row = 0; row < kLanes; ++row) {
-      round_codes(x + row * args.x_stride + at, row < here ? count : 0, padded, rounding[row], codes);
-      put_codes(codes, padded, kCodeFlip, rows + row * kGroup);
-    }
-    for (int64_t i = 0; i < padded; i += kCodesOfTurn) {
-      turn_codes(rows + i, kGroup, to.at(first, (at + i) / kCodesOfStep));
-    }
-  }
-}
-
-static void quantize_x_task(void* context, int64_t block) {
-  const CodesJob& job = *static_cast<const CodesJob*>(context);
-  switch (job.args->dtype) {
-    case DType::f32:
-      return quantize_x_block<float>(*job.args, block, job.to);
-    case DType::f16:
-      return quantize_x_block<F16>(*job.args, block, job.to);
-    case DType::bf16:
-      return quantize_x_block<Bf16>(*job.args, block, job.to);
-  }
-}
-
-static Status quantize_x(const LinearArgs& args, CodesOfX* to) {
-  const int64_t blocks = divide_up(args.m, kLanes);
-  to->steps = divide_up(args.weight.cols, kCodesOfTurn) * kLanes;
-  const int64_t bytes = blocks * to->steps * kLanes * 4;
-  const int64_t all = bytes + args.m * static_cast<int64_t>(sizeof(RowScale));
-  char* memory = static_cast<char*>(scratch(Slot::inputs, static_cast<size_t>(all)));
-  if (memory == nullptr) return out_of_memory(all);
-  to->codes = reinterpret_cast<uint32_t*>(memory);
-  to->scale = reinterpret_cast<RowScale*>(memory + bytes);
-  CodesJob job{&args, *to};
-  parallel_for(args.threads, blocks, quantize_x_task, &job);
-  return success();
-}
-
-// ---- weights --------------------------------------------------------------------------------------------------------
-
-// A group of a tile of rows of W.
-struct CodesOfW {
-  Code* codes;  // [kWideTile][kGroup]
-  float scale[kWideTile];
-  int32_t start[kWideTile];  // of a sum: takes back what kCodeFlip adds
-};
-
-// `count` codes of one block from flat element `start` on.
-static inline void decode_code_run(const uint8_t* packed, int64_t start, int64_t count, const int8_t* codes,
-                                   int8_t* out) {
-  int64_t i = 0;
-  if ((start & 1) != 0 && count > 0) out[i++] = codes[packed[start >> 1] & 15];
-  const uint8_t* p = packed + ((start + i) >> 1);
-  for (; i + 32 <= count; i += 32, p += 16) decode_codes_32(p, codes, out + i);
-  for (; i + 2 <= count; i += 2, ++p) {
-    out[i] = codes[*p >> 4];
-    out[i + 1] = codes[*p & 15];
-  }
-  if (i < count) out[i] = codes[*p >> 4];
-}
-
-// The codes of `count` <= kGroup elements of a 4-bit tensor from flat element `start` on; returns their scale. `unit`
-// is the codebook's largest magnitude / 127.
-static float decode_group(const Packed4& source, float unit, int64_t start, int64_t count, int8_t* out) {
-  float scales[kGroup / kMinBlock + 1];
-  const int shift = source.block_shift;
-  const int64_t first = start >> shift;
-  const int64_t last = (start + count - 1) >> shift;
-  uint32_t largest = 0;
-  for (int64_t block = first; block <= last; ++block) {
-    scales[block - first] = source.scales.at(block);
-    const uint32_t magnitude = bits_of(scales[block - first]) & 0x7FFFFFFFU;
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  const float by = float_of(largest) * unit;
-  // Nothing but zeros (or what is below 1e-40), or a damaged scale, which shows as NaN.
-  if (!(by >= 0x1p-140F && by < float_of(kInfinity))) {
-    memset(out, 0, static_cast<size_t>(count));
-    return by < 1.0F ? 0.0F : float_of(kInfinity | 1U);
-  }
-  const bool tiny = by < 0x1p-120F;  // whose reciprocal may overflow
-  const float reciprocal = tiny ? 0.0F : 1.0F / by;
-  if (shift >= 6 && ((start | count) & 63) == 0 && !tiny) {
-    const uint8_t* packed = source.packed + start / 2;
-    for (int64_t i = 0; i < count; i += 64) {
-      const float scale = scales[((start + i) >> shift) - first];
-      decode_codes_64(packed + i / 2, source.codebook, scale * reciprocal, out + i);
-    }
-    return by;
-  }
-  int64_t done = 0;
-  for (int64_t block = first; block <= last; ++block) {
-    const int64_t run = smaller(count - done, ((block + 1) << shift) - start - done);
-    alignas(16) int8_t codes[16];
-    const float scale = scales[block - first];
-    const F32 factor = broadcast(tiny ? scale / by : scale * reciprocal);
-    for (int i = 0; i < 16; i += kLanes) store(codes + i, mul(load(source.codebook + i), factor));
-    decode_code_run(source.packed, start + done, run, codes, out + done);
-    done += run;
-  }
-  return by;
-}
-
-static float largest_code(const float* codebook) {
-  float largest = 0.0F;
-  for (int i = 0; i < 16; ++i) {
-    const float magnitude = float_of(bits_of(codebook[i]) & 0x7FFFFFFFU);
-    largest = magnitude > largest ? magnitude : largest;
-  }
-  return largest;
-}
-
-struct Int8Job {
-  const LinearArgs* args;
-  CodesOfX x;
-  Operand side;
-  float unit;    // of decode_group
-  int64_t tile;  // rows of W
-  int64_t tiles;
-  int64_t rows_per_task;
-  Failure* failure;
-};
-
-static float codes_of_row(const Int8Job& job, int64_t row, int64_t column, int64_t count, int8_t* out) {
-  const Weight& weight = job.args->weight;
-  const int64_t start = row * weight.cols + column;
-  if (!weight.is_int8()) return decode_group(weight.packed4, job.unit, start, count, out);
-  memcpy(out, weight.rows8.q + start, static_cast<size_t>(count));
-  return weight.rows8.absmax[row] / 127.0F;
-}
-
-static inline int8_t* codes_in(int8_t* row, int8_t*) { return row; }
-static inline int8_t* codes_in(int16_t*, int8_t* buffer) { return buffer; }
-static inline void widen(int8_t*, const int8_t*, int64_t) {}
-static inline void widen(int16_t* row, const int8_t* codes, int64_t count) { put_codes(codes, count, 0, row); }
-
-// Rows [first_row, first_row + rows) of W, filled up with rows of zeros to a multiple of 64.
-static void decode_tile(const Int8Job& job, int64_t first_row, int64_t rows, int64_t column, int64_t count,
-                        CodesOfW* to) {
-  alignas(64) int8_t buffer[kGroup];
-  const WeightRows source{&job.args->weight};
-  const int64_t padded = divide_up(count, kCodesOfTurn) * kCodesOfTurn;
-  for (int64_t row = 0; row < divide_up(rows, 64) * 64; ++row) {
-    int8_t* out = codes_in(to->codes + row * kGroup, buffer);
-    const int64_t here = row < rows ? count : 0;
-    to->scale[row] = 0.0F;
-    if (here > 0) {
-      source.fetch(first_row + row, column + kGroup, kGroup);
-      to->scale[row] = codes_of_row(job, first_row + row, column, count, out);
-    }
-    if (here < padded) memset(out + here, 0, static_cast<size_t>(padded - here));
-    widen(to->codes + row * kGroup, out, padded);
-    to->start[row] = -flip_sum(to->codes + row * kGroup, padded);
-  }
-}
+#include "cpu/linear_int8_codes.inl"
 
 // ---- multiplication -------------------------------------------------------------------------------------------------
 
@@ -293,31 +51,60 @@ static inline void add_scaled(const Sums* sums, float scale, bool first, float* 
 }
 
 #ifdef NYBBLE_AMX
-template <int Rows, int Vectors>
-static inline void add_tiles(const int32_t* sums, const float* scale, bool first, float* acc) {
-  for (int row = 0; row < Rows; ++row) {
-    Sums lanes[Vectors];
-    for (int v = 0; v < Vectors; ++v) lanes[v] = load_steps(sums + (row * Vectors + v) * kLanes);
-    add_scaled<Vectors>(lanes, scale[row], first, acc + row * kXRows);
+// acc[w_rows][kXRows] (+)= scale * (rows of W) . (up to kXRows rows of x)
+static void multiply_rows_of(RowsOfW w, int64_t w_rows, const float* scale, const CodesOfX& x, int64_t x_row,
+                             int64_t x_rows, int64_t step, int64_t steps, bool first, float* acc) {
+  alignas(64) int32_t sums[kTileRowsOfW * kXRows];
+  const int64_t tiles = steps / kTileSide;
+  const char* codes = reinterpret_cast<const char*>(x.at(x_row, step));
+  const bool two = x_rows > kLanes;
+  const char* codes_below = two ? reinterpret_cast<const char*>(x.at(x_row + kLanes, step)) : nullptr;
+  for (int64_t row = 0; row < w_rows; row += kTileRowsOfW, acc += kTileRowsOfW * kXRows, scale += kTileRowsOfW) {
+    if (two) {
+      dot_two_blocks(w, codes, codes_below, tiles, sums);
+      for (int64_t i = 0; i < kTileRowsOfW; ++i) {
+        const Sums lanes[2] = {load_steps(sums + i * kXRows), load_steps(sums + i * kXRows + kLanes)};
+        add_scaled<2>(lanes, scale[i], first, acc + i * kXRows);
+      }
+    } else {
+      dot_one_block(w, codes, tiles, sums);
+      for (int64_t i = 0; i < kTileRowsOfW; ++i) {
+        const Sums lanes = add_parts(sums + i * kXRows);
+        add_scaled<1>(&lanes, scale[i], first, acc + i * kXRows);
+      }
+    }
+    w.codes += kTileRowsOfW * w.stride;
+    if (w.next != nullptr) w.next += kTileRowsOfW * w.stride;
   }
 }
 
-// acc[rows of W][kXRows] (+)= scale * (rows of W) . (up to kXRows rows of x)
 static void multiply_codes(const CodesOfW& w, int64_t w_rows, const CodesOfX& x, int64_t x_row, int64_t x_rows,
                            int64_t step, int64_t steps, bool first, float* acc) {
-  alignas(64) int32_t sums[32 * 32];
-  const char* codes = reinterpret_cast<const char*>(x.at(x_row, step));
-  if (x_rows > kLanes) {
-    const char* next = reinterpret_cast<const char*>(x.at(x_row + kLanes, step));
-    for (int64_t row = 0; row < w_rows; row += 32) {
-      dot_tiles_32(w.codes + row * kGroup, kGroup, codes, next, steps / kTileSide, sums);
-      add_tiles<32, 2>(sums, w.scale + row, first, acc + row * kXRows);
+  multiply_rows_of({w.codes, kGroup, nullptr}, w_rows, w.scale, x, x_row, x_rows, step, steps, first, acc);
+}
+
+constexpr int64_t kExact = 65536;  // columns whose products int32 can sum: 127 * 127 * 65536 < 2^31
+
+// Rows of int8 weights that can be multiplied where they lie. For few rows of x: what is read again should be in order.
+static bool lies_in_tiles(const LinearArgs& args, int64_t width) {
+  return args.weight.is_int8() && args.m <= kNarrowUpTo && width >= kTileRowsOfW && args.weight.cols % 64 == 0;
+}
+
+// sums = g * (q . c^T) of such a slice.
+static void sum_in_place(const Int8Job& job, int64_t first_column, int64_t first_row, int64_t rows, float* sums,
+                         float* scale) {
+  const Weight& weight = job.args->weight;
+  const int64_t length = weight.cols;
+  const int64_t most = rows > kXRows ? kGroup : kExact;
+  for (int64_t i = 0; i < kTileRowsOfW; ++i) scale[i] = weight.rows8.absmax[first_column + i] / 127.0F;
+  for (int64_t at = 0; at < length; at += most) {
+    const int64_t count = smaller(most, length - at);
+    const int8_t* codes = weight.rows8.q + first_column * length + at;
+    const int8_t* next = at + most < length ? codes + count : codes - at + kTileRowsOfW * length;
+    for (int64_t row = 0; row < rows; row += kXRows) {
+      multiply_rows_of({codes, length, row == 0 ? next : nullptr}, kTileRowsOfW, scale, job.x, first_row + row,
+                       rows - row, at / kCodesOfStep, count / kCodesOfTurn * kLanes, at == 0, sums + row * job.tile);
     }
-    return;
-  }
-  for (int64_t row = 0; row < w_rows; row += 64) {
-    dot_tiles_16(w.codes + row * kGroup, kGroup, codes, steps / kTileSide, sums);
-    add_tiles<64, 1>(sums, w.scale + row, first, acc + row * kXRows);
   }
 }
 #else
@@ -394,66 +181,97 @@ struct Int8Memory {
 
 // `Step` multiplies the side path. The slots only grow, so its panel and ours can be one.
 template <class Step>
-static bool int8_memory(int64_t rows, int64_t tile, bool side, Int8Memory* memory, Failure* failure) {
+static bool int8_memory(const Int8Job& job, int64_t rows, Int8Memory* memory) {
   constexpr int64_t kPanel = kGroup * static_cast<int64_t>(sizeof(Code)) * kWideTile;
-  const int64_t sums = divide_up(rows, kXRows) * kXRows * tile * static_cast<int64_t>(sizeof(float));
-  if (side && !task_memory<Step>(rows, tile, &memory->side, failure)) return false;
-  memory->w.codes = static_cast<Code*>(scratch(Slot::panel, static_cast<size_t>(kPanel)));
+  constexpr int64_t kFactors = kWideTile * kRunsOfSection * static_cast<int64_t>(sizeof(float));
+  constexpr int64_t kSteps = kFactors / kRunsOfGroup;
+  const bool side = job.args->side.rank > 0;
+  const int64_t panel = kPanel + (job.x.apart ? kFactors + kSteps : 0);
+  const int64_t sums = divide_up(rows, kXRows) * kXRows * job.tile * static_cast<int64_t>(sizeof(float));
+  if (side && !task_memory<Step>(rows, job.tile, &memory->side, job.failure)) return false;
+  char* codes = static_cast<char*>(scratch(Slot::panel, static_cast<size_t>(panel)));
+  memory->w.codes = reinterpret_cast<Code*>(codes);
+  memory->w.factors = reinterpret_cast<float*>(codes + kPanel);
+  memory->w.steps = reinterpret_cast<float (*)[kSection / kGroup]>(codes + kPanel + kFactors);
   if (side) memory->side.panel = reinterpret_cast<uint32_t*>(memory->w.codes);
   memory->sums = static_cast<float*>(scratch(Slot::sums, static_cast<size_t>(sums)));
-  if (memory->w.codes != nullptr && memory->sums != nullptr) return true;
-  failure->report_memory(kPanel + sums);
+  if (codes != nullptr && memory->sums != nullptr) return true;
+  job.failure->report_memory(panel + sums);
   return false;
 }
 
-// sums = g * (q . c^T) of a tile.
-static void sum_codes(const Int8Job& job, int64_t first_column, int64_t width, int64_t first_row, int64_t rows,
-                      Int8Memory* memory) {
+// sums = g * (q . c^T) of a slice; `padded` rows of W with zeros.
+static void sum_codes(const Int8Job& job, int64_t first_column, int64_t width, int64_t padded, int64_t first_row,
+                      int64_t rows, float* sums, CodesOfW* w) {
   const int64_t length = job.args->contraction();
   if (length == 0) {
-    memset(memory->sums, 0, static_cast<size_t>(divide_up(rows, kXRows) * kXRows * job.tile) * sizeof(float));
+    for (int64_t row = 0; row < rows; row += kXRows) {
+      memset(sums + row * job.tile, 0, static_cast<size_t>(padded * kXRows) * sizeof(float));
+    }
   }
+#ifdef NYBBLE_AMX
+  open_tiles();
+  if (lies_in_tiles(*job.args, width)) {
+    sum_in_place(job, first_column, first_row, rows, sums, w->scale);
+    return close_tiles();
+  }
+#endif
   for (int64_t at = 0; at < length; at += kGroup) {
     const int64_t count = smaller(kGroup, length - at);
-    decode_tile(job, first_column, width, at, count, &memory->w);
-#ifdef NYBBLE_AMX
-    open_tiles();
-#endif
+    const bool last = at + kGroup >= length;
+    const TileOfW tile{first_column,          width, at, count, padded, first_column + (last ? padded : 0),
+                       last ? 0 : at + kGroup};
+    if (job.x.apart && at % kSection == 0) scale_section(job, tile, w);
+    decode_tile(job, tile, w);
     for (int64_t row = 0; row < rows; row += kXRows) {
-      multiply_codes(memory->w, divide_up(width, 64) * 64, job.x, first_row + row, rows - row, at / kCodesOfStep,
-                     divide_up(count, kCodesOfTurn) * kLanes, at == 0, memory->sums + row * job.tile);
+      multiply_codes(*w, padded, job.x, first_row + row, rows - row, at / kCodesOfStep,
+                     divide_up(count, kCodesOfTurn) * kLanes, at == 0, sums + row * job.tile);
     }
+  }
 #ifdef NYBBLE_AMX
-    close_tiles();
+  close_tiles();
 #endif
+}
+
+// Rows [first_row, first_row + rows) of x with a tile of W.
+template <class Step>
+static void int8_tile(const Int8Job& job, int64_t tile, int64_t first_row, int64_t rows, Int8Memory* memory) {
+  const LinearArgs& args = *job.args;
+  const SidePath& side = args.side;
+  const int64_t first_column = tile * job.tile;
+  const int64_t width = smaller(job.tile, args.columns() - first_column);
+  const int64_t columns = strips_of(width);
+  if (side.rank > 0) {
+    const DenseRows right{side.right, side.right_dtype, side.rank};
+    memset(memory->side.acc, 0, static_cast<size_t>(rows * columns) * sizeof(float));
+    contract<Step>(right, job.side, side.rank, true, first_column, width, first_row, rows, memory->side);
+  }
+  const int64_t padded = divide_up(width, kPadded) * kPadded;
+  for (int64_t at = 0; at < padded; at += job.slice) {
+    sum_codes(job, first_column + at, smaller(job.slice, width - at), smaller(job.slice, padded - at), first_row, rows,
+              memory->sums + at * kXRows, &memory->w);
+  }
+  alignas(64) float block[kLanes * kWideTile];
+  for (int64_t row = 0; row < rows; row += kLanes) {
+    const int64_t here = smaller(kLanes, rows - row);
+    float* out = side.rank > 0 ? memory->side.acc + row * columns : block;
+    const float* sums = memory->sums + row / kXRows * kXRows * job.tile + row % kXRows;
+    turn_sums(sums, job.x.scale + first_row + row, here, columns, side.rank > 0, out);
+    finish(args, first_row + row, here, first_column, width, out);
   }
 }
 
 template <class Step>
 static void int8_task(void* context, int64_t index) {
   const Int8Job& job = *static_cast<const Int8Job*>(context);
-  const LinearArgs& args = *job.args;
-  const SidePath& side = args.side;
-  const int64_t first_column = index % job.tiles * job.tile;
-  const int64_t width = smaller(job.tile, args.columns() - first_column);
-  const int64_t columns = strips_of(width);
-  const int64_t first_row = index / job.tiles * job.rows_per_task;
-  const int64_t rows = smaller(job.rows_per_task, args.m - first_row);
+  const int64_t tasks = divide_up(job.tiles, job.tiles_of_task);
+  const int64_t first_row = index / tasks * job.rows_per_task;
+  const int64_t rows = smaller(job.rows_per_task, job.args->m - first_row);
+  const int64_t first = index % tasks * job.tiles_of_task;
   alignas(64) Int8Memory memory;
-  if (!int8_memory<Step>(rows, job.tile, side.rank > 0, &memory, job.failure)) return;
-  if (side.rank > 0) {
-    const DenseRows right{side.right, side.right_dtype, side.rank};
-    memset(memory.side.acc, 0, static_cast<size_t>(rows * columns) * sizeof(float));
-    contract<Step>(right, job.side, side.rank, true, first_column, width, first_row, rows, memory.side);
-  }
-  sum_codes(job, first_column, width, first_row, rows, &memory);
-  alignas(64) float block[kLanes * kWideTile];
-  for (int64_t row = 0; row < rows; row += kLanes) {
-    const int64_t here = smaller(kLanes, rows - row);
-    float* out = side.rank > 0 ? memory.side.acc + row * columns : block;
-    const float* sums = memory.sums + row / kXRows * kXRows * job.tile + row % kXRows;
-    turn_sums(sums, job.x.scale + first_row + row, here, columns, side.rank > 0, out);
-    finish(args, first_row + row, here, first_column, width, out);
+  if (!int8_memory<Step>(job, rows, &memory)) return;
+  for (int64_t tile = first; tile < smaller(first + job.tiles_of_task, job.tiles); ++tile) {
+    int8_tile<Step>(job, tile, first_row, rows, &memory);
   }
 }
 
@@ -465,7 +283,9 @@ static Status linear_int8_as(const LinearArgs& args) {
   job.failure = &failure;
   job.unit = args.weight.is_int8() ? 0.0F : largest_code(args.weight.packed4.codebook) / 127.0F;
   job.tile = args.m <= kNarrowUpTo ? kNarrowTile : kWideTile;
+  job.slice = args.m <= kNarrowUpTo ? kSlice : kWideTile;
   job.tiles = divide_up(args.columns(), job.tile);
+  job.tiles_of_task = args.m <= kNarrowUpTo ? smaller(4, larger(1, job.tiles / (4 * args.threads))) : 1;
   job.rows_per_task = divide_up(rows_per_task(args.m, job.tiles, args.threads), kXRows) * kXRows;
   Status status = quantize_x(args, &job.x);
   if (status.ok() && args.side.rank > 0) {
@@ -473,7 +293,8 @@ static Status linear_int8_as(const LinearArgs& args) {
                            args.threads, &job.side);
   }
   if (status.ok()) {
-    parallel_for(args.threads, job.tiles * divide_up(args.m, job.rows_per_task), int8_task<Step>, &job);
+    const int64_t tasks = divide_up(job.tiles, job.tiles_of_task) * divide_up(args.m, job.rows_per_task);
+    parallel_for(args.threads, tasks, int8_task<Step>, &job);
     status = failure.status();
   }
   trim_scratch();
