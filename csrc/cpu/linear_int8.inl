@@ -286,7 +286,7 @@ static Status linear_int8_as(const LinearArgs& args) {
   job.slice = args.m <= kNarrowUpTo ? kSlice : kWideTile;
   job.tiles = divide_up(args.columns(), job.tile);
   job.tiles_of_task = args.m <= kNarrowUpTo ? smaller(4, larger(1, job.tiles / (4 * args.threads))) : 1;
-  job.rows_per_task = divide_up(rows_per_task(args.m, job.tiles, args.threads), kXRows) * kXRows;
+  job.rows_per_task = divide_up(smaller(512, rows_per_task(args.m, job.tiles, args.threads)), kXRows) * kXRows;
   Status status = quantize_x(args, &job.x);
   if (status.ok() && args.side.rank > 0) {
     status = prepare<Step>(args.side.left, args.side.left_dtype, args.m, args.side.rank, args.side.rank, Slot::side,
