@@ -3,8 +3,8 @@
 //
 // 4 bit: a register of packed bytes is kLanes words of eight elements, and lookups see only an index's low four bits,
 // so a shift and a lookup decode an element of every word. x is held as fp32 in that order, arranged once per call. A
-// word must lie in one block: in_features is a multiple of 8. For one or two rows of x the block's scale is applied to
-// the sum of a word's products, once for 8 weights; for more it costs less to scale the weights.
+// word must lie in one block: in_features is a multiple of 8. The block's scale is applied to the sum of a word's
+// products, once for 8 weights; for any number of rows of x, so that a row's bits do not depend on how many there are.
 //
 // The rows that are decoded together lie far apart, so that each is a long stream of its own for the prefetchers.
 
@@ -57,13 +57,14 @@ static NYBBLE_INLINE void multiply_words(const Table& codes, const I32* words, c
                                          F32* sums) {
   F32 products[Rows * M];
   F32* to = ScaleFirst ? sums : products;
+  // All low nibbles, then all high ones: what lookups of either share need not be held beside the other's.
   multiply_element<Rows, M, 0, ScaleFirst>(codes, words, scales, x, to);
-  multiply_element<Rows, M, 1, ScaleFirst>(codes, words, scales, x, to);
   multiply_element<Rows, M, 2, ScaleFirst>(codes, words, scales, x, to);
-  multiply_element<Rows, M, 3, ScaleFirst>(codes, words, scales, x, to);
   multiply_element<Rows, M, 4, ScaleFirst>(codes, words, scales, x, to);
-  multiply_element<Rows, M, 5, ScaleFirst>(codes, words, scales, x, to);
   multiply_element<Rows, M, 6, ScaleFirst>(codes, words, scales, x, to);
+  multiply_element<Rows, M, 1, ScaleFirst>(codes, words, scales, x, to);
+  multiply_element<Rows, M, 3, ScaleFirst>(codes, words, scales, x, to);
+  multiply_element<Rows, M, 5, ScaleFirst>(codes, words, scales, x, to);
   multiply_element<Rows, M, 7, ScaleFirst>(codes, words, scales, x, to);
   for (int r = 0; r < Rows && !ScaleFirst; ++r) {
     for (int m = 0; m < M; ++m) sums[r * M + m] = fma(products[r * M + m], scales[r], sums[r * M + m]);
@@ -116,7 +117,13 @@ static NYBBLE_INLINE void multiply_unit(const Table& codes, const RowPart* parts
     scales[r] = spread(parts[r].scales + (place >> shift), blocks);
     words[r] = load_words(bytes[r]);
   }
-  multiply_words<Rows, M, ScaleFirst>(codes, words, scales, x, sums);
+  if (kRowAfterRow) {
+    for (int r = 0; r < Rows; ++r) {
+      multiply_words<1, M, ScaleFirst>(codes, words + r, scales + r, x, sums + r * M);
+    }
+  } else {
+    multiply_words<Rows, M, ScaleFirst>(codes, words, scales, x, sums);
+  }
 }
 
 // Rows `first`, first + step, ... of W: partial[r * partial_step + m * kLanes] += their products, lane by lane.
@@ -173,11 +180,10 @@ template <int Rows, int M>
 static void packed_rows(const SmallJob& job, int64_t first, int64_t step, Segment segment, float* partial) {
   const Weight& weight = job.args->weight;
   const bool aligned = weight.cols % weight.packed4.block_size() == 0;
-  constexpr bool kScaleFirst = M > 2;
-  const auto multiply = kScaleFirst || job.scale_first
+  const auto multiply = job.scale_first
                             ? aligned ? packed_rows_as<Rows, M, true, true> : packed_rows_as<Rows, M, true, false>
-                        : aligned ? packed_rows_as<Rows, M, kScaleFirst, true>
-                                  : packed_rows_as<Rows, M, kScaleFirst, false>;
+                        : aligned ? packed_rows_as<Rows, M, false, true>
+                                  : packed_rows_as<Rows, M, false, false>;
   multiply(job, first, step, segment, partial);
 }
 

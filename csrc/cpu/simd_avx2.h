@@ -5,7 +5,8 @@ constexpr int kLanes = 8;
 constexpr int kTileRows = 6;  // 6 x 2 accumulators + 2 operands + 1 broadcast of the 16 registers
 constexpr int kTileVectors = 2;
 constexpr int kSmallRows = 2;
-constexpr int kSmallSums = 8;
+constexpr int kSmallSums = 4;
+constexpr bool kRowAfterRow = true;  // the shared parts of one row's lookups fill the registers
 
 using F32 = __m256;
 using I32 = __m256i;
@@ -71,16 +72,37 @@ static inline uint32_t reduce_max(I32 v) {
   return static_cast<uint32_t>(_mm_cvtsi128_si32(m));
 }
 
+// The codes in two registers, for vpermps, and by planes (byte k of every code, in both halves), for vpshufb: eight
+// lookups take two vpermps and a blend, 32 take four vpshufb and eight interleavings. What is not used costs nothing.
 struct Table {
   __m256 low, high;
+  __m256i plane[4];
 };
-static inline Table load_table(const float* codes) { return {_mm256_loadu_ps(codes), _mm256_loadu_ps(codes + 8)}; }
-static inline Table scale(Table table, float by) {
+// Of both halves: bytes 0 of its four words, then their bytes 1, and so on.
+static inline __m256i bytes_by_place(__m256i words) {
+  return _mm256_shuffle_epi8(words, _mm256_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15,  //
+                                                     0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15));
+}
+static inline Table table_of(__m256 low, __m256 high) {
+  const __m256i a = bytes_by_place(_mm256_castps_si256(low)), b = bytes_by_place(_mm256_castps_si256(high));
+  const __m256i a0 = _mm256_permute2x128_si256(a, a, 0x00), a1 = _mm256_permute2x128_si256(a, a, 0x11);
+  const __m256i b0 = _mm256_permute2x128_si256(b, b, 0x00), b1 = _mm256_permute2x128_si256(b, b, 0x11);
+  const __m256i a_01 = _mm256_unpacklo_epi32(a0, a1), a_23 = _mm256_unpackhi_epi32(a0, a1);
+  const __m256i b_01 = _mm256_unpacklo_epi32(b0, b1), b_23 = _mm256_unpackhi_epi32(b0, b1);
+  return {low,
+          high,
+          {_mm256_unpacklo_epi64(a_01, b_01), _mm256_unpackhi_epi64(a_01, b_01), _mm256_unpacklo_epi64(a_23, b_23),
+           _mm256_unpackhi_epi64(a_23, b_23)}};
+}
+static inline Table load_table(const float* codes) {
+  return table_of(_mm256_loadu_ps(codes), _mm256_loadu_ps(codes + 8));
+}
+static inline Table scale(const Table& table, float by) {
   const __m256 factor = _mm256_set1_ps(by);
-  return {_mm256_mul_ps(table.low, factor), _mm256_mul_ps(table.high, factor)};
+  return table_of(_mm256_mul_ps(table.low, factor), _mm256_mul_ps(table.high, factor));
 }
 // Only the low four bits of an index count: three pick the entry, the fourth the half.
-static inline F32 lookup(Table table, I32 index) {
+static inline F32 lookup(const Table& table, I32 index) {
   const __m256 low = _mm256_permutevar8x32_ps(table.low, index);
   const __m256 high = _mm256_permutevar8x32_ps(table.high, index);
   return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 28)));
@@ -96,9 +118,25 @@ static inline I32 load_bytes(const uint8_t* p) {
 }
 static inline F32 gather(const float* table, I32 index) { return _mm256_i32gather_ps(table, index, 4); }
 static inline I32 load_words(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+// The shift waits for its lookup: the words' nibbles at Bits, or 4 above, are bytes of one vector of indices, so what
+// the eight lookups of a register of words have in common is computed once.
 template <int Bits>
-static inline I32 shift_right(I32 v) {
-  return Bits == 0 ? v : _mm256_srli_epi32(v, Bits);
+struct Shifted {
+  I32 words;
+};
+template <int Bits>
+static inline Shifted<Bits> shift_right(I32 words) {
+  return {words};
+}
+template <int Bits>
+static NYBBLE_INLINE F32 lookup(const Table& table, Shifted<Bits> index) {
+  const __m256i bytes = bytes_by_place(index.words);
+  const __m256i nibbles = _mm256_and_si256(Bits % 8 == 0 ? bytes : _mm256_srli_epi16(bytes, 4), _mm256_set1_epi8(15));
+  const __m256i b0 = _mm256_shuffle_epi8(table.plane[0], nibbles), b1 = _mm256_shuffle_epi8(table.plane[1], nibbles);
+  const __m256i b2 = _mm256_shuffle_epi8(table.plane[2], nibbles), b3 = _mm256_shuffle_epi8(table.plane[3], nibbles);
+  const __m256i low = Bits < 16 ? _mm256_unpacklo_epi8(b0, b1) : _mm256_unpackhi_epi8(b0, b1);
+  const __m256i high = Bits < 16 ? _mm256_unpacklo_epi8(b2, b3) : _mm256_unpackhi_epi8(b2, b3);
+  return _mm256_castsi256_ps(Bits % 16 < 8 ? _mm256_unpacklo_epi16(low, high) : _mm256_unpackhi_epi16(low, high));
 }
 static inline F32 spread(const float* p, I32 index) { return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), index); }
 static inline void store_bytes(uint8_t* p, I32 v) {

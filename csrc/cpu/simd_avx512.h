@@ -4,8 +4,9 @@
 constexpr int kLanes = 16;
 constexpr int kTileRows = 6;  // 6 x 4 accumulators + 4 operands + 1 broadcast of the 32 registers
 constexpr int kTileVectors = 4;
-constexpr int kSmallRows = 4;   // weight rows in flight in the small-M kernel
-constexpr int kSmallSums = 16;  // and their sums in registers
+constexpr int kSmallRows = 4;         // weight rows in flight in the small-M kernel
+constexpr int kSmallSums = 16;        // and their sums in registers
+constexpr bool kRowAfterRow = false;  // a register of words of one row to its end before the next row's
 
 using F32 = __m512;
 using I32 = __m512i;

@@ -10,6 +10,7 @@ constexpr int kSmallRows = 1;  // with two Clang 22 spills 17 operands: 59 instr
 constexpr int kSmallRows = 2;
 #endif
 constexpr int kSmallSums = 8;
+constexpr bool kRowAfterRow = false;
 
 using F32 = float32x4_t;
 using I32 = uint32x4_t;

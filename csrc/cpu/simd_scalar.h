@@ -6,6 +6,7 @@ constexpr int kTileRows = 4;
 constexpr int kTileVectors = 1;
 constexpr int kSmallRows = 1;
 constexpr int kSmallSums = 1;
+constexpr bool kRowAfterRow = false;
 
 struct F32 {
   float lane[kLanes];
