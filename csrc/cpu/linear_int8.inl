@@ -4,7 +4,9 @@
 //   weights      int8 rows as they are, g = absmax / 127. 4 bit: a row's codebook * scale over kGroup columns becomes
 //                int8 with one scale g = largest magnitude / 127, so that the inner loop is integers alone; scaling
 //                each block's sum instead would cost a conversion every 32 to 64 products
-//   sums         int32 within a group, exact; fp32 over the groups. So every ISA sums the same integers
+//   sums         int32 within a group, exact; fp32 over the groups. So every ISA sums the same integers. (int8 rows
+//   have
+//                one scale: AMX, where it reads them in place, sums up to kExact columns in int32.)
 //
 // Error beside the exact product with the decoded weight w, for one output (sums over the row's columns k, groups j):
 //   s/2 * sum_k |w_k|  +  s/2 * sum_j g_j sum_{k in j} |q_k|   (the second for 4-bit weights only)
@@ -13,9 +15,9 @@
 // x with a NaN or an infinity gives NaN. Sums are in units of s: 127 times a row's sum of |w| must stay in fp32's
 // range.
 //
-// A tile of rows of W is decoded group by group into L2, as it lies in memory: lanes run along the rows of x, which are
-// transposed once, so the weight, of which there is more to decode, needs no transposition. Sums come out transposed
-// and are turned when they are complete.
+// A tile of rows of W is decoded group by group into L1 or L2, by rows as it lies in memory: lanes run along the rows
+// of x, which are transposed once, so the weight, of which there is more to decode, needs no transposition. Sums come
+// out transposed and are turned when they are complete.
 
 constexpr int64_t kGroup = 512;  // columns that share a scale, and what is decoded at a time
 constexpr int64_t kCodesOfStep = 4 / static_cast<int64_t>(sizeof(Code));
@@ -23,18 +25,22 @@ constexpr int64_t kCodesOfTurn = kLanes * kCodesOfStep;  // what one transpositi
 constexpr int64_t kXVectors = 2;                         // blocks of kLanes rows of x that are multiplied at a time
 constexpr int64_t kXRows = kXVectors * kLanes;
 #ifdef NYBBLE_AMX
-// Rows of W in a tile: many, so that x is read less often; but where reading W takes most of the time, the rows that
-// are streamed at once should be few (m = 16, 4096 x 4096: NF4 1.9 to 1.3 ms, int8 1.5 to 1.2, Sapphire Rapids class).
+// Rows of W in a tile, and in a slice, which is decoded and multiplied at a time: many, so that x is read less often;
+// but where reading W takes most of the time, few, because each is a stream of its own. m = 16, 4096 x 4096, two
+// Sapphire Rapids class cores: slices of 64 rows NF4 0.85 ms, int8 1.0; of 32 rows 0.72 and 0.67.
 constexpr int64_t kWideTile = 256;
-constexpr int64_t kNarrowUpTo = 64;  // of x, up to which tiles are narrow
+constexpr int64_t kNarrowUpTo = 64;  // rows of x, up to which slices are narrow
+constexpr int64_t kNarrowSlice = 32;
 #else
 constexpr int64_t kWideTile = 64;
 constexpr int64_t kNarrowUpTo = 0;
+constexpr int64_t kNarrowSlice = kWideTile;
 #endif
-constexpr int64_t kNarrowTile = 64;
-constexpr int64_t kSlice = 32;
-constexpr int64_t kPadded = 64;
-static_assert(kWideTile % 64 == 0 && kWideTile <= kMostColumns, "tiles that finish() takes");
+constexpr int64_t kNarrowTile = 64;   // also what tiles are filled up to
+constexpr int64_t kTilesOfTask = 4;   // narrow ones, neighbours: each fetches the beginning of the next
+constexpr int64_t kRowsOfInt8 = 512;  // rows of x that share one decode: their sums stay in L2
+static_assert(kWideTile % kNarrowTile == 0 && kNarrowTile % kNarrowSlice == 0 && kWideTile <= kMostColumns,
+              "tiles that finish() takes");
 static_assert(kGroup % kCodesOfTurn == 0, "groups of whole transpositions");
 
 #include "cpu/linear_int8_codes.inl"
@@ -85,7 +91,7 @@ static void multiply_codes(const CodesOfW& w, int64_t w_rows, const CodesOfX& x,
 
 constexpr int64_t kExact = 65536;  // columns whose products int32 can sum: 127 * 127 * 65536 < 2^31
 
-// Rows of int8 weights that can be multiplied where they lie. For few rows of x: what is read again should be in order.
+// Whether int8 weights are multiplied where they lie: for few rows of x; what is read often is better copied together.
 static bool lies_in_tiles(const LinearArgs& args, int64_t width) {
   return args.weight.is_int8() && args.m <= kNarrowUpTo && width >= kTileRowsOfW && args.weight.cols % 64 == 0;
 }
@@ -246,7 +252,7 @@ static void int8_tile(const Int8Job& job, int64_t tile, int64_t first_row, int64
     memset(memory->side.acc, 0, static_cast<size_t>(rows * columns) * sizeof(float));
     contract<Step>(right, job.side, side.rank, true, first_column, width, first_row, rows, memory->side);
   }
-  const int64_t padded = divide_up(width, kPadded) * kPadded;
+  const int64_t padded = divide_up(width, kNarrowTile) * kNarrowTile;
   for (int64_t at = 0; at < padded; at += job.slice) {
     sum_codes(job, first_column + at, smaller(job.slice, width - at), smaller(job.slice, padded - at), first_row, rows,
               memory->sums + at * kXRows, &memory->w);
@@ -282,11 +288,12 @@ static Status linear_int8_as(const LinearArgs& args) {
   job.args = &args;
   job.failure = &failure;
   job.unit = args.weight.is_int8() ? 0.0F : largest_code(args.weight.packed4.codebook) / 127.0F;
-  job.tile = args.m <= kNarrowUpTo ? kNarrowTile : kWideTile;
-  job.slice = args.m <= kNarrowUpTo ? kSlice : kWideTile;
+  const bool narrow = args.m <= kNarrowUpTo;
+  job.tile = narrow ? kNarrowTile : kWideTile;
+  job.slice = narrow ? kNarrowSlice : kWideTile;
   job.tiles = divide_up(args.columns(), job.tile);
-  job.tiles_of_task = args.m <= kNarrowUpTo ? smaller(4, larger(1, job.tiles / (4 * args.threads))) : 1;
-  job.rows_per_task = divide_up(smaller(512, rows_per_task(args.m, job.tiles, args.threads)), kXRows) * kXRows;
+  job.tiles_of_task = narrow ? larger(1, smaller(kTilesOfTask, job.tiles / (4 * args.threads))) : 1;
+  job.rows_per_task = divide_up(smaller(kRowsOfInt8, rows_per_task(args.m, job.tiles, args.threads)), kXRows) * kXRows;
   Status status = quantize_x(args, &job.x);
   if (status.ok() && args.side.rank > 0) {
     status = prepare<Step>(args.side.left, args.side.left_dtype, args.m, args.side.rank, args.side.rank, Slot::side,

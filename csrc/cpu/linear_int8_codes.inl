@@ -1,3 +1,5 @@
+// The codes that linear_int8.inl multiplies: rows of x, quantized and transposed; groups of rows of W.
+
 // ---- activations ----------------------------------------------------------------------------------------------------
 
 struct RowScale {
@@ -301,7 +303,7 @@ static inline int8_t* codes_in(int16_t*, int8_t* buffer) { return buffer; }
 static inline void widen(int8_t*, const int8_t*, int64_t) {}
 static inline void widen(int16_t* row, const int8_t* codes, int64_t count) { put_codes(codes, count, 0, row); }
 
-// A group of a tile, filled up with rows of zeros to a multiple of 64.
+// A group of a tile's rows, filled up with rows of zeros.
 static void decode_tile(const Int8Job& job, const TileOfW& tile, CodesOfW* to) {
   alignas(64) int8_t buffer[kGroup];
   const int64_t padded = divide_up(tile.count, kCodesOfTurn) * kCodesOfTurn;

@@ -3,8 +3,8 @@
 
 constexpr int64_t kTileRowsOfW = 32;  // rows of W that are multiplied at a time
 
-// Where kTileRowsOfW rows of W lie: `stride` bytes from one to the next. While they are multiplied, what lies at `next`
-// is fetched, kTilesAhead tiles early: as many rows, of which as much is read. Null: nothing is.
+// Where kTileRowsOfW rows of W lie: `stride` bytes from one to the next. While they are multiplied, what follows is
+// fetched kTilesAhead tiles early; behind the last tile, as many rows at `next`. Null: nothing is fetched.
 struct RowsOfW {
   const int8_t* codes;
   int64_t stride;
@@ -19,7 +19,11 @@ static inline void fetch_rows(const RowsOfW& w, int64_t tile, int64_t tiles) {
   for (int64_t row = 0; row < kTileRowsOfW; ++row) prefetch(p + row * w.stride);
 }
 
+// What the tiles are loaded from was stored by ordinary stores: the fence is open_tiles'.
 static inline void clear_sum_tiles() {
+#if defined(__GNUC__)
+  __asm__ volatile("" : : : "memory");
+#endif
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

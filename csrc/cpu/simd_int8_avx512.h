@@ -96,8 +96,8 @@ static inline void group_factors(const float* scales, float unit, float* factors
   const __m512 infinity = _mm512_castsi512_ps(_mm512_set1_epi32(0x7F800000));
   const __mmask16 some = _mm512_cmp_ps_mask(by, _mm512_set1_ps(0x1p-140F), _CMP_GE_OQ);
   const __mmask16 bad = _mm512_cmp_ps_mask(by, infinity, _CMP_NLT_UQ);
-  const __m512 step = _mm512_maskz_mov_ps(some | bad, by);
-  _mm512_storeu_ps(factors, _mm512_maskz_div_ps(some & ~bad, v, by));
+  const __m512 step = _mm512_maskz_mov_ps(some, by);
+  _mm512_storeu_ps(factors, _mm512_maskz_div_ps(_kandn_mask16(bad, some), v, by));
   const __m512 nan = _mm512_castsi512_ps(_mm512_set1_epi32(0x7FC00000));
   const __m512 found = _mm512_mask_mov_ps(step, bad, nan);
   steps[0] = _mm512_cvtss_f32(found);

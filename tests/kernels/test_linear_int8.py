@@ -129,7 +129,7 @@ def test_many_rows_columns_groups_and_blocks_that_straddle(isa: str, format: str
 
 def test_products_of_codes_are_exact(isa: str) -> None:
     # With a scale of 1 on both sides the result is the integer product itself; each is below 2^24.
-    for n, k, m in ((70, 700, 37), (3, 129, 1), (20, 65, 16)):
+    for n, k, m in ((70, 700, 37), (3, 129, 1), (20, 65, 16), (70, 192, 5), (100, 1088, 40), (33, 64, 64)):
         q = torch.randint(-127, 128, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(n))
         x = torch.randint(-127, 128, (m, k), generator=torch.Generator().manual_seed(m)).float()
         x[:, 0] = 127.0
@@ -140,12 +140,40 @@ def test_products_of_codes_are_exact(isa: str) -> None:
 
 def test_long_sums_do_not_overflow(isa: str) -> None:
     # 127 * 127 * 140000 exceeds int32.
-    k = 140_000
-    weight = make(1, k, 1, "int8").packed._replace(
-        packed=torch.full((1, k), 127, dtype=torch.int8), absmax=torch.ones(1), compute=1
-    )
-    found = ops.linear(torch.ones(2, k), weight)
-    torch.testing.assert_close(found, torch.full((2, 1), float(k)), rtol=1e-5, atol=0)
+    for n, k in ((1, 140_000), (32, 140_032)):
+        weight = make(n, 1, 1, "int8").packed._replace(
+            packed=torch.full((n, k), 127, dtype=torch.int8), absmax=torch.ones(n), in_features=k, compute=1
+        )
+        for m in (2, 18, 34):
+            found = ops.linear(torch.ones(m, k), weight)
+            torch.testing.assert_close(found, torch.full((m, n), float(k)), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("block", [64, 128, 1024, 4096])
+def test_long_rows_of_whole_blocks(isa: str, block: int, nested: bool) -> None:
+    # Multiples of 128 columns: whole groups and not, more than 4096, blocks that hold several groups or rows.
+    for n, k, m in ((40, 4480, 17), (33, 8320, 3), (70, 640, 70), (5, 4224, 9), (31, 128, 1)):
+        problem = make(n, k, m, "nf4", block, nested=nested, dtype=torch.bfloat16, seed=k)
+        assert_within_bound(problem, run(problem))
+
+
+@pytest.mark.parametrize("k", [640, 600])
+@pytest.mark.parametrize("block", [64, 128])
+def test_a_damaged_scale_shows_in_its_row_and_no_other(isa: str, k: int, block: int) -> None:
+    problem = make(40, k, 3, "nf4", block, nested=False)
+    before = run(problem)
+    others = [column for column in range(40) if column != 7]
+    for first, last, scale in ((-1, None, torch.nan), (-1, None, torch.inf), (0, None, 0.0)):
+        absmax = problem.weight.absmax.clone()
+        inside = slice(-(-7 * k // block), 8 * k // block)  # the blocks that lie wholly in row 7
+        absmax[inside][first:last] = scale
+        after = ops.linear(problem.x, problem.packed._replace(absmax=absmax, compute=1))
+        assert torch.equal(after[:, others], before[:, others])
+        if scale != 0.0:
+            assert bool(after[:, 7].isnan().all())
+        elif k % block == 0:
+            assert not bool(after[:, 7].any())
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
