@@ -72,7 +72,8 @@ struct DequantizeRowsArgs {
 };
 
 // What is multiplied. `native`: activations in their own precision or better. `int8`: each row of x is quantized to
-// int8 on the fly and multiplied with int8 weights in integers (dynamic quantization, an opt-in).
+// int8 on the fly and multiplied with int8 weights in integers (dynamic quantization, an opt-in); one or two rows are
+// computed as `native`, which is as fast.
 enum class Compute : int32_t { native = 0, int8 = 1 };
 
 // The low-rank extension of a contraction: out += left . right, in the same pass over the output.

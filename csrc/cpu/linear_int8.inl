@@ -5,8 +5,7 @@
 //                int8 with one scale g = largest magnitude / 127, so that the inner loop is integers alone; scaling
 //                each block's sum instead would cost a conversion every 32 to 64 products
 //   sums         int32 within a group, exact; fp32 over the groups. So every ISA sums the same integers. (int8 rows
-//   have
-//                one scale: AMX, where it reads them in place, sums up to kExact columns in int32.)
+//                have one scale: AMX, where it reads them in place, sums up to kExact columns in int32.)
 //
 // Error beside the exact product with the decoded weight w, for one output (sums over the row's columns k, groups j):
 //   s/2 * sum_k |w_k|  +  s/2 * sum_j g_j sum_{k in j} |q_k|   (the second for 4-bit weights only)
@@ -89,7 +88,7 @@ static void multiply_codes(const CodesOfW& w, int64_t w_rows, const CodesOfX& x,
   multiply_rows_of({w.codes, kGroup, nullptr}, w_rows, w.scale, x, x_row, x_rows, step, steps, first, acc);
 }
 
-constexpr int64_t kExact = 65536;  // columns whose products int32 can sum: 127 * 127 * 65536 < 2^31
+constexpr int64_t kExact = 65536;  // columns whose products int32 can sum: 128 * 127 * 65536 < 2^31
 
 // Whether int8 weights are multiplied where they lie: for few rows of x; what is read often is better copied together.
 static bool lies_in_tiles(const LinearArgs& args, int64_t width) {
@@ -101,7 +100,7 @@ static void sum_in_place(const Int8Job& job, int64_t first_column, int64_t first
                          float* scale) {
   const Weight& weight = job.args->weight;
   const int64_t length = weight.cols;
-  const int64_t most = rows > kXRows ? kGroup : kExact;
+  const int64_t most = job.args->m > kXRows ? kGroup : kExact;  // not by the task's rows: the same for any threads
   for (int64_t i = 0; i < kTileRowsOfW; ++i) scale[i] = weight.rows8.absmax[first_column + i] / 127.0F;
   for (int64_t at = 0; at < length; at += most) {
     const int64_t count = smaller(most, length - at);
@@ -185,7 +184,7 @@ struct Int8Memory {
   TaskMemory side;
 };
 
-// `Step` multiplies the side path. The slots only grow, so its panel and ours can be one.
+// `Step` multiplies the side path, whose panel and ours are the same memory.
 template <class Step>
 static bool int8_memory(const Int8Job& job, int64_t rows, Int8Memory* memory) {
   constexpr int64_t kPanel = kGroup * static_cast<int64_t>(sizeof(Code)) * kWideTile;
@@ -194,12 +193,12 @@ static bool int8_memory(const Int8Job& job, int64_t rows, Int8Memory* memory) {
   const bool side = job.args->side.rank > 0;
   const int64_t panel = kPanel + (job.x.apart ? kFactors + kSteps : 0);
   const int64_t sums = divide_up(rows, kXRows) * kXRows * job.tile * static_cast<int64_t>(sizeof(float));
-  if (side && !task_memory<Step>(rows, job.tile, &memory->side, job.failure)) return false;
-  char* codes = static_cast<char*>(scratch(Slot::panel, static_cast<size_t>(panel)));
+  if (side && !task_memory<Step>(rows, job.tile, panel, &memory->side, job.failure)) return false;
+  char* codes = side ? reinterpret_cast<char*>(memory->side.panel)
+                     : static_cast<char*>(scratch(Slot::panel, static_cast<size_t>(panel)));
   memory->w.codes = reinterpret_cast<Code*>(codes);
   memory->w.factors = reinterpret_cast<float*>(codes + kPanel);
   memory->w.steps = reinterpret_cast<float (*)[kSection / kGroup]>(codes + kPanel + kFactors);
-  if (side) memory->side.panel = reinterpret_cast<uint32_t*>(memory->w.codes);
   memory->sums = static_cast<float*>(scratch(Slot::sums, static_cast<size_t>(sums)));
   if (codes != nullptr && memory->sums != nullptr) return true;
   job.failure->report_memory(panel + sums);

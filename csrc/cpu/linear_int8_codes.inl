@@ -195,13 +195,11 @@ static float decode_group(const Packed4& source, float unit, int64_t start, int6
     memset(out, 0, static_cast<size_t>(count));
     return by < 1.0F ? 0.0F : float_of(kInfinity | 1U);
   }
-  const bool tiny = by < 0x1p-120F;  // whose reciprocal may overflow
-  const float reciprocal = tiny ? 0.0F : 1.0F / by;
-  if (shift >= 6 && ((start | count) & 63) == 0 && !tiny) {
+  if (shift >= 6 && ((start | count) & 63) == 0) {
     const uint8_t* packed = source.packed + start / 2;
     for (int64_t i = 0; i < count; i += 64) {
       const float scale = scales[((start + i) >> shift) - first];
-      decode_codes_64(packed + i / 2, source.codebook, scale * reciprocal, out + i);
+      decode_codes_64(packed + i / 2, source.codebook, scale / by, out + i);
     }
     return by;
   }
@@ -210,7 +208,7 @@ static float decode_group(const Packed4& source, float unit, int64_t start, int6
     const int64_t run = smaller(count - done, ((block + 1) << shift) - start - done);
     alignas(16) int8_t codes[16];
     const float scale = scales[block - first];
-    const F32 factor = broadcast(tiny ? scale / by : scale * reciprocal);
+    const F32 factor = broadcast(scale / by);
     for (int i = 0; i < 16; i += kLanes) store(codes + i, mul(load(source.codebook + i), factor));
     decode_code_run(source.packed, start + done, run, codes, out + done);
     done += run;

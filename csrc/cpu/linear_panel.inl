@@ -79,7 +79,7 @@ struct WeightRows {
   }
 };
 
-// Rows of a dense matrix: the side path's.
+// Rows of a dense matrix: the side path's, or x.
 struct DenseRows {
   const void* data;
   DType dtype;
@@ -300,8 +300,8 @@ struct TaskMemory {
 };
 
 template <class Step>
-static bool task_memory(int64_t rows, int64_t tile, TaskMemory* memory, Failure* failure) {
-  const size_t panel = static_cast<size_t>(kChunk * tile * 4);
+static bool task_memory(int64_t rows, int64_t tile, int64_t panel_bytes, TaskMemory* memory, Failure* failure) {
+  const size_t panel = static_cast<size_t>(larger(kChunk * tile * 4, panel_bytes));
   const size_t buffer = static_cast<size_t>(larger(kLanes * kChunk, 2 * kGradColumns)) * sizeof(typename Step::Element);
   const size_t acc = static_cast<size_t>(rows * tile) * sizeof(float);
   memory->panel = static_cast<uint32_t*>(scratch(Slot::panel, panel));
@@ -352,7 +352,7 @@ static void panel_task(void* context, int64_t index) {
   const int64_t first_row = index / job.tiles * job.rows_per_task;
   const int64_t rows = smaller(job.rows_per_task, args.m - first_row);
   TaskMemory memory;
-  if (!task_memory<Step>(rows, job.tile, &memory, job.failure)) return;
+  if (!task_memory<Step>(rows, job.tile, 0, &memory, job.failure)) return;
   memset(memory.acc, 0, static_cast<size_t>(rows * job.tile) * sizeof(float));
   const bool transposed = !args.grad_input;
   contract<Step>(WeightRows{&args.weight}, job.x, args.contraction(), transposed, first_column, width, first_row, rows,

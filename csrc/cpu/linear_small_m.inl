@@ -4,7 +4,7 @@
 // 4 bit: a register of packed bytes is kLanes words of eight elements, and lookups see only an index's low four bits,
 // so a shift and a lookup decode an element of every word. x is held as fp32 in that order, arranged once per call. A
 // word must lie in one block: in_features is a multiple of 8. The block's scale is applied to the sum of a word's
-// products, once for 8 weights; for any number of rows of x, so that a row's bits do not depend on how many there are.
+// products, once for 8 weights; for any number of rows of x, so that a row's bits do not depend on its neighbours.
 //
 // The rows that are decoded together lie far apart, so that each is a long stream of its own for the prefetchers.
 
@@ -372,6 +372,26 @@ static bool leaves_range(const float* x, int64_t count, BareRange range) {
          float_of(smallest + 1U) * range.least < kSmallest;
 }
 
+static Status linear_small_m(const LinearArgs& args);
+
+static const char* element_of(const void* data, DType dtype, int64_t index) {
+  return static_cast<const char*>(data) + index * size_of(dtype);
+}
+
+// Every row as if it were alone: an extreme one does not change the others' bits.
+static Status small_m_row_by_row(const LinearArgs& args) {
+  for (int64_t m = 0; m < args.m; ++m) {
+    LinearArgs row = args;
+    row.m = 1;
+    row.x = element_of(args.x, args.dtype, m * args.x_stride);
+    row.out = static_cast<char*>(args.out) + m * args.weight.rows * size_of(args.dtype);
+    if (args.side.rank > 0) row.side.left = element_of(args.side.left, args.side.left_dtype, m * args.side.rank);
+    const Status status = linear_small_m(row);
+    if (!status.ok()) return status;
+  }
+  return success();
+}
+
 static Status linear_small_m(const LinearArgs& args) {
   if (args.m == 0 || args.weight.rows == 0) return success();
   const int64_t cols = args.weight.cols;
@@ -383,7 +403,9 @@ static Status linear_small_m(const LinearArgs& args) {
   auto* x = static_cast<float*>(scratch(Slot::inputs, static_cast<size_t>(bytes)));
   if (x == nullptr) return out_of_memory(bytes);
   arrange_inputs(args, padded, x);
-  SmallJob job{&args, x, nullptr, leaves_range(x, count, bare_range(args.weight))};
+  const bool scale_first = leaves_range(x, count, bare_range(args.weight));
+  if (scale_first && args.m > 1) return small_m_row_by_row(args);
+  SmallJob job{&args, x, nullptr, scale_first};
   if (args.side.rank > 0) {
     Operand side;
     const Status status = prepare<StepF32>(args.side.left, args.side.left_dtype, args.m, args.side.rank, args.side.rank,

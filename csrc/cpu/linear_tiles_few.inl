@@ -232,13 +232,19 @@ static void few_task(void* context, int64_t index) {
   }
 }
 
-// Whether the products of x with bare codes stay in fp32's range, where a group's sum may not underflow either.
+// Whether the codes are normal numbers in bf16, and their products with every row of x stay so far inside fp32's range
+// that what is lost of smaller ones does not count.
 static bool few_in_range(const LinearArgs& args) {
+  constexpr float kMost = 1e30F, kLeast = 1e-25F, kLeastCode = 1e-37F;
   const auto* x = static_cast<const Bf16*>(args.x);
+  const BareRange range = bare_range(args.weight);
+  if (!(range.most <= kMost) || range.least < kLeastCode) return false;
   for (int64_t row = 0; row < args.m; ++row) {
     const uint32_t magnitude = largest_magnitude_of(x + row * args.x_stride, args.weight.cols);
     if (magnitude == 0) continue;
-    if (magnitude >= kInfinity || float_of(magnitude) > 1e30F || float_of(magnitude) < 1e-25F) return false;
+    const float largest = float_of(magnitude);
+    if (magnitude >= kInfinity || !(largest * range.most <= kMost)) return false;
+    if (largest < kLeast || largest * range.least < kLeast) return false;
   }
   return true;
 }

@@ -31,8 +31,9 @@ static inline void open_tiles() {
 }
 static inline void close_tiles() { _tile_release(); }
 
-// sums[2][Groups] += left[2] . right[Groups] over `steps` tiles of each; tile s of a group lies s * stride further on.
-// Tiles 0 to 3 are the sums, 4 and 5 the left factors, 6 and 7 the right ones. `Swap` multiplies right . left instead.
+// sums[2][2], of which Groups of each two, += left[2] . right[Groups] over `steps` tiles of each; tile s of a group
+// lies s * stride further on. Tiles 0 to 3 are the sums, 4 and 5 the left factors, 6 and 7 the right ones. `Swap`
+// multiplies right . left instead.
 template <int Groups, bool Swap>
 static inline void multiply_tiles(const char* left, int64_t left_stride, const char* right, int64_t right_group,
                                   int64_t steps, bool first, float* sums) {

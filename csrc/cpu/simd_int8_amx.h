@@ -19,11 +19,9 @@ static inline void fetch_rows(const RowsOfW& w, int64_t tile, int64_t tiles) {
   for (int64_t row = 0; row < kTileRowsOfW; ++row) prefetch(p + row * w.stride);
 }
 
-// What the tiles are loaded from was stored by ordinary stores: the fence is open_tiles'.
+// What the tiles are loaded from was stored by ordinary stores.
 static inline void clear_sum_tiles() {
-#if defined(__GNUC__)
-  __asm__ volatile("" : : : "memory");
-#endif
+  tile_fence();
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
@@ -34,6 +32,7 @@ static inline void store_sum_tiles(int32_t* sums) {
   _tile_stored(1, sums + kTileSide, 128);
   _tile_stored(2, sums + kTileSide * 32, 128);
   _tile_stored(3, sums + kTileSide * 32 + kTileSide, 128);
+  tile_fence();
 }
 
 // sums[32][32] = 32 rows of W times two blocks of x. Tiles 0 to 3: sums; 4, 5: W; 6, 7: x.

@@ -129,11 +129,20 @@ def expected(problem: Problem) -> tuple[Tensor, Tensor]:
     if pairs:
         bound = bound + 2.0**-126 * (x.abs().sum(-1, keepdim=True) + right.abs().sum(0))
     if bare_codes:
-        bound = bound + 2.0**-8 * (1 + 2.0**-8) * size + 3 * n * 2.0**-126 * weight.double().abs().max()
+        bound = bound + 2.0**-8 * (1 + 2.0**-8) * size + 3 * n * 2.0**-126 * block_unit(problem.weight)
     dtype = problem.x.dtype
     if dtype != torch.float32:
         bound = bound + UNIT[dtype] * (exact.abs() + bound) + TINY[dtype]
     return exact, bound
+
+
+def block_unit(weight: QuantTensor) -> float:
+    """The largest scale of a block (of a row / 127): what multiplies bare codes."""
+    if weight.packed.numel() == 0:
+        return 0.0
+    if weight.codebook is None:
+        return float(weight.absmax.abs().max()) / 127
+    return float(decoded(weight).abs().max() / weight.codebook.double().abs()[weight.codebook != 0].min())
 
 
 def assert_within_bound(problem: Problem, actual: Tensor) -> None:

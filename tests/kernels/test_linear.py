@@ -126,6 +126,33 @@ def test_the_first_rows_of_a_small_batch_have_the_same_bits_at_any_length(isa: s
         assert torch.equal(whole[:m], problem.run()), m
 
 
+def test_an_extreme_row_changes_no_bit_of_the_others(isa: str) -> None:
+    for format in ("nf4", "int8"):
+        problem = make(24, 4160, 8, format, dtype=torch.float32, rank=3, bias=torch.float32)
+        with forced("linear_small_m"):
+            before = problem.run()
+            problem.x[2] *= 1e35
+            problem.x[5] *= 1e-36
+            after = problem.run()
+        assert_within_bound(problem, after)
+        others = [0, 1, 3, 4, 6, 7]
+        assert torch.equal(before[others], after[others])
+
+
+@pytest.mark.parametrize("by", [1e-38, 1e-30, 1e-20, 1e-10, 1e10, 1e20, 1e30])
+@pytest.mark.parametrize("kernel", ["linear_small_m", "linear_panel", "linear_tiles", "linear_tiles_few"])
+def test_codebooks_of_any_magnitude(isa: str, kernel: str, by: float) -> None:
+    # The weights are ordinary: the scales make up for what the codebook lacks.
+    for dtype in DTYPES:
+        for m in (1, 7, 20):
+            problem = make(48, 256, m, dtype=dtype, nested=False, rank=2)
+            assert problem.weight.codebook is not None
+            problem.weight.codebook = problem.weight.codebook * by
+            problem.weight.absmax = (problem.weight.absmax / by).clamp(max=1e38)
+            with forced(kernel):
+                assert_within_bound(problem, problem.run())
+
+
 @pytest.mark.parametrize("m", [1, 3, 5, 9, 20, 33])
 @pytest.mark.parametrize("grad", [False, True], ids=["forward", "grad_input"])
 def test_not_a_number_stays_in_its_row(isa: str, m: int, grad: bool) -> None:
