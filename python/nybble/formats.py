@@ -166,8 +166,9 @@ class QuantConfig:
             LoRA's side path. Where rounding gains no speed (one or two rows; see `explain`) nothing is rounded.
             How a layer computes, not what is stored: files do not keep it.
         skip: name patterns (see `match_module`) of modules that stay as they are.
+        include: if not empty, only modules that match one of these patterns are quantized.
         overrides: name pattern -> a format, a dict of the fields above (`format` to `compute`), or None to skip. The
-            first pattern that matches wins, also over `skip`.
+            first pattern that matches wins, also over `skip` and `include`.
 
     Raises:
         FormatError: a field has a value that is not allowed; the message lists those that are.
@@ -180,6 +181,7 @@ class QuantConfig:
     compute: str | None = None
     skip: tuple[str, ...] = ("lm_head",)
     overrides: Mapping[str, str | Mapping[str, Any] | None] = field(default_factory=dict, hash=False)
+    include: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if isinstance(self.format, str):
@@ -199,10 +201,12 @@ class QuantConfig:
                 f"compute is {self.compute!r}; allowed are None (activations keep their precision) and 'int8' "
                 "(activations rounded to int8, row by row)"
             )
-        skip = (self.skip,) if isinstance(self.skip, str) else tuple(self.skip)
-        if not all(isinstance(pattern, str) and pattern for pattern in skip):
-            raise FormatError(f"skip is {self.skip!r}; it must be a sequence of non-empty name patterns")
-        object.__setattr__(self, "skip", skip)
+        for name in ("skip", "include"):
+            value = getattr(self, name)
+            patterns = (value,) if isinstance(value, str) else tuple(value)
+            if not all(isinstance(pattern, str) and pattern for pattern in patterns):
+                raise FormatError(f"{name} is {value!r}; it must be a sequence of non-empty name patterns")
+            object.__setattr__(self, name, patterns)
         if not isinstance(self.overrides, Mapping):
             raise FormatError(f"overrides must map name patterns to a format, a dict or None, got {self.overrides!r}")
         object.__setattr__(self, "overrides", dict(self.overrides))
@@ -232,6 +236,8 @@ class QuantConfig:
         for pattern, override in self.overrides.items():
             if match_module(name, pattern):
                 return self._overridden(pattern, override)
+        if self.include and not any(match_module(name, pattern) for pattern in self.include):
+            return None
         return None if any(match_module(name, pattern) for pattern in self.skip) else self
 
     @property
@@ -266,7 +272,7 @@ class QuantConfig:
         """The fields as JSON-able values (tuples as lists)."""
         result = {f.name: getattr(self, f.name) for f in fields(self)}
         result["format"] = self.format if isinstance(self.format, str) else list(self.format)
-        result["skip"] = list(self.skip)
+        result["skip"], result["include"] = list(self.skip), list(self.include)
         result["overrides"] = {pattern: _jsonable(override) for pattern, override in self.overrides.items()}
         return result
 

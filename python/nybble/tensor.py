@@ -188,22 +188,15 @@ class QuantTensor:
             row_format = torch.zeros((), dtype=torch.uint8, device=self.packed.device)
             return {"weight": self.packed, "SCB": self.absmax, "weight_format": row_format}
         state = {"weight": self.packed, "weight.absmax": self.absmax, "weight.quant_map": self.codebook}
-        header: dict[str, Any] = {
-            "quant_type": self.format,
-            "blocksize": self.block_size,
-            "dtype": _DTYPE_NAMES[self.dtype],
-            "shape": list(self.shape),
-        }
+        offset = None
         if self.nested_absmax is not None and self.nested_map is not None and self.nested_offset is not None:
             state["weight.nested_absmax"] = self.nested_absmax
             state["weight.nested_quant_map"] = self.nested_map
-            header["nested_blocksize"] = self.nested_block_size
-            header["nested_dtype"] = "float32"
-            header["nested_offset"] = self.nested_offset.item()
+            offset = self.nested_offset.item()
+        text = quant_state_text(self.format, self.block_size, self.dtype, self.shape, offset, self.nested_block_size)
         owner = "bitsandbytes" if self.format in _BITSANDBYTES_FORMATS else "nybble"
-        # Keys in this order with Python's default separators: the bytes that bitsandbytes itself writes.
         state[f"weight.quant_state.{owner}__{self.format}"] = torch.tensor(
-            list(json.dumps(header).encode()), dtype=torch.uint8, device=self.packed.device
+            list(text.encode()), dtype=torch.uint8, device=self.packed.device
         )
         return state
 
@@ -329,6 +322,29 @@ class QuantTensor:
         blocks = f", block_size={self.block_size}" if self.block_size else ""
         dtype = _DTYPE_NAMES.get(self.dtype, str(self.dtype))
         return f"QuantTensor({self.format}{blocks}{scales}, shape={list(self.shape)}, dtype={dtype})"
+
+
+def quant_state_text(
+    format: str,
+    block_size: int,
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    nested_offset: float | None = None,
+    nested_block_size: int = NESTED_BLOCK_SIZE,
+) -> str:
+    """The JSON of a 4-bit weight's quant_state; `nested_offset` is None without double quantization."""
+    header: dict[str, Any] = {
+        "quant_type": format,
+        "blocksize": block_size,
+        "dtype": _DTYPE_NAMES[dtype],
+        "shape": list(shape),
+    }
+    if nested_offset is not None:
+        header["nested_blocksize"] = nested_block_size
+        header["nested_dtype"] = "float32"
+        header["nested_offset"] = nested_offset
+    # Keys in this order with Python's default separators: the bytes that bitsandbytes itself writes.
+    return json.dumps(header)
 
 
 def _expect(name: str, tensor: Tensor, dtype: torch.dtype, shape: tuple[int, ...], why: str = "") -> None:

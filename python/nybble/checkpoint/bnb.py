@@ -90,35 +90,38 @@ def group(keys: Iterable[str], where: str = "state dict") -> Groups:
     return groups
 
 
-def slots(module: str, shape: tuple[int, ...], config: QuantConfig) -> list[Slot]:
-    """The tensors that the weight of `module`, quantized by `config`, will take in a file."""
-    prefix = prefix_of(module)
+def slots_for(name: str, shape: tuple[int, ...], config: QuantConfig) -> list[Slot]:
+    """The tensors that the weight called `name`, quantized by `config`, will take in a file."""
     count = 1
     for size in shape:
         count *= size
     if not config.is_4bit:
+        prefix = prefix_of(module_of(name))
         return [
-            Slot(f"{prefix}weight", "I8", shape),
+            Slot(name, "I8", shape),
             Slot(f"{prefix}SCB", "F32", shape[:1]),
             Slot(f"{prefix}weight_format", "U8", ()),
         ]
     blocks = -(-count // config.block_size)
     owner = "bitsandbytes" if config.format_name in _BNB_4BIT else "nybble"
-    weight = f"{prefix}weight"
     result = [
-        Slot(weight, "U8", ((count + 1) // 2, 1)),
-        Slot(f"{weight}.absmax", "U8" if config.double_quant else "F32", (blocks,)),
-        Slot(f"{weight}.quant_map", "F32", (16,)),
-        Slot(f"{weight}.quant_state.{owner}__{config.format_name}", "U8", None, TEXT_LIMIT),
+        Slot(name, "U8", ((count + 1) // 2, 1)),
+        Slot(f"{name}.absmax", "U8" if config.double_quant else "F32", (blocks,)),
+        Slot(f"{name}.quant_map", "F32", (16,)),
+        Slot(f"{name}.quant_state.{owner}__{config.format_name}", "U8", None, TEXT_LIMIT),
     ]
     if config.double_quant:
-        result.append(Slot(f"{weight}.nested_absmax", "F32", (-(-blocks // 256),)))
-        result.append(Slot(f"{weight}.nested_quant_map", "F32", (256,)))
+        result.append(Slot(f"{name}.nested_absmax", "F32", (-(-blocks // 256),)))
+        result.append(Slot(f"{name}.nested_quant_map", "F32", (256,)))
     return result
 
 
 def quantization_config(
-    config: QuantConfig, used: Iterable[QuantConfig], compute_dtype: str, not_converted: list[str] | None
+    config: QuantConfig,
+    used: Iterable[QuantConfig],
+    compute_dtype: str,
+    not_converted: list[str] | None,
+    experts: bool = False,
 ) -> dict[str, Any]:
     """The `quantization_config` block of config.json, for the formats that really occur in the file.
 
@@ -130,11 +133,12 @@ def quantization_config(
         used: the settings of each quantized weight, after overrides.
         compute_dtype: "float32", "float16" or "bfloat16".
         not_converted: linear modules that stay as they are; None leaves the choice to the reader's default.
+        experts: there are quantized weights of more than two dimensions, which transformers' readers do not expect.
     """
     settings = list(used)
     formats = {setting.format_name for setting in settings}
-    own = {"nybble": _stored(config).to_dict()}
-    if len(formats) != 1 or not formats <= {*_BNB_4BIT, "int8"}:
+    own = {"nybble": stored(config).to_dict()}
+    if experts or len(formats) != 1 or not formats <= {*_BNB_4BIT, "int8"}:
         return {"quant_method": "nybble", "modules_to_not_convert": not_converted, **own}
     name = formats.pop()
     four = name != "int8"
@@ -156,7 +160,7 @@ def quantization_config(
     }
 
 
-def _stored(config: QuantConfig) -> QuantConfig:
+def stored(config: QuantConfig) -> QuantConfig:
     """`config` without what tells only how a layer computes: a file says what its bytes are."""
     overrides = {
         pattern: {k: v for k, v in override.items() if k != "compute"} if isinstance(override, Mapping) else override

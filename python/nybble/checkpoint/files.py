@@ -265,11 +265,11 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     return _from_files(path, found[0], is_directory=True)
 
 
-def check_destination(source: Path, destination: Path) -> None:
-    """Refuse a destination that would overwrite anything or that lies in the source.
+def check_outside(source: Path, destination: Path) -> None:
+    """Refuse a destination that is a file or lies in the source.
 
     Raises:
-        DestinationExistsError: it is a file, or a directory with something in it.
+        DestinationExistsError: it is a file.
         CheckpointError: it is the source, or inside the source.
     """
     if destination.exists() and not destination.is_dir():
@@ -277,6 +277,16 @@ def check_destination(source: Path, destination: Path) -> None:
     target, origin = destination.resolve(), source.resolve()
     if target == origin or (origin.is_dir() and origin in target.parents):
         raise CheckpointError(f"{destination}: the destination is the source {source} or lies inside it")
+
+
+def check_destination(source: Path, destination: Path) -> None:
+    """Refuse a destination that would overwrite anything or that lies in the source.
+
+    Raises:
+        DestinationExistsError: it is a file, or a directory with something in it.
+        CheckpointError: it is the source, or inside the source.
+    """
+    check_outside(source, destination)
     if destination.is_dir():
         names = sorted(p.name for p in destination.iterdir())
         if names:
@@ -297,6 +307,22 @@ def read_bytes(info: TensorInfo, chunk: int = 1 << 23) -> Iterator[bytes]:
             yield piece
 
 
+def read_range(info: TensorInfo, start: int, view: memoryview) -> None:
+    """Fill `view` with the tensor's bytes from `start` on; CheckpointError if the file ends early.
+
+    A plain read, not a mapping: a file that is cut short meanwhile is an error here, where a mapping would be a signal
+    that kills the process, and what was read does not count as this process's memory afterwards.
+    """
+    with info.path.open("rb", buffering=0) as file:
+        file.seek(info.start + start)
+        done = 0
+        while done < len(view):
+            count = file.readinto(view[done:])
+            if not count:
+                raise CheckpointError(f"{info.path}: truncated while tensor {info.name!r} was read")
+            done += count
+
+
 def read_tensor(info: TensorInfo) -> torch.Tensor:
     """One tensor in memory of its own (no mapping stays open).
 
@@ -308,13 +334,6 @@ def read_tensor(info: TensorInfo) -> torch.Tensor:
             f"{info.path}: tensor {info.name!r} has dtype {info.dtype}, which cannot be computed with"
         )
     data = torch.empty(info.nbytes, dtype=torch.uint8)
-    with info.path.open("rb", buffering=0) as file:
-        file.seek(info.start)
-        view: Any = data.numpy().data
-        done = 0
-        while done < info.nbytes:
-            count = file.readinto(view[done:])
-            if not count:
-                raise CheckpointError(f"{info.path}: truncated while tensor {info.name!r} was read")
-            done += count
+    if info.nbytes:
+        read_range(info, 0, data.numpy().data)
     return data.view(TORCH_DTYPES[info.dtype]).reshape(info.shape)

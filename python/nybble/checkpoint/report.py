@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import json
+import math
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .writer import Staging
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -12,7 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorReport:
-    """One quantized weight: bits per weight of its codes and scales, and ||W - Wq|| / ||W|| (Frobenius norms)."""
+    """One quantized weight.
+
+    Attributes:
+        bits_per_weight: of its codes and scales.
+        relative_error: ||W - Wq|| / ||W|| in Frobenius norms, which is also the RMS of the error over that of W.
+        max_error: the largest |W - Wq|.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -20,6 +30,21 @@ class TensorReport:
     block_size: int
     bits_per_weight: float
     relative_error: float
+    max_error: float = 0.0
+
+    @property
+    def snr(self) -> float:
+        """Signal to noise in dB; infinite without error."""
+        return -20 * math.log10(self.relative_error) if self.relative_error else math.inf
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values."""
+        return {**asdict(self), "shape": list(self.shape)}
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TensorReport:
+        """The inverse of `to_dict`."""
+        return cls(**{**values, "shape": tuple(values["shape"])})
 
     @property
     def numel(self) -> int:
@@ -45,6 +70,7 @@ class CheckpointReport:
     shards: list[str] = field(default_factory=list)
     tensors: list[TensorReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    resumed: int = 0
 
     @property
     def quantized_parameters(self) -> int:
@@ -87,6 +113,60 @@ class CheckpointReport:
         table.add_row("size after", format_bytes(self.bytes_after))
         table.add_row("mean relative error", f"{self.mean_relative_error:.4f}")
         return table
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every figure as JSON-able values; an infinite signal to noise ratio as None."""
+        rows = [{**row.to_dict(), "snr_db": row.snr if math.isfinite(row.snr) else None} for row in self.tensors]
+        return {
+            "source": str(self.source),
+            "destination": str(self.destination),
+            "parameters": self.parameters,
+            "quantized_parameters": self.quantized_parameters,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight,
+            "bits_per_weight_total": self.bits_per_weight_total,
+            "mean_relative_error": self.mean_relative_error,
+            "notes": self.notes,
+            "tensors": rows,
+        }
+
+    def write(self, path: Path) -> list[Path]:
+        """Write the figures to `path` (JSON) and, with matplotlib, a plot beside it (.png); returns the files."""
+        written = [path]
+        with Staging(path.parent) as staging:
+            staging.write(path.name, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
+            try:
+                picture = _plot(self)
+            except ImportError:
+                self.notes.append("no plot beside the report: matplotlib is missing (pip install 'nybble[plot]')")
+            else:
+                written.append(path.with_suffix(".png"))
+                staging.write(written[1].name, picture)
+            staging.commit()
+        return written
+
+
+def _plot(report: CheckpointReport) -> bytes:
+    """Relative error and largest error of every weight, in file order, as a PNG."""
+    import io
+
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for name in sorted({row.format for row in report.tensors}):
+        rows = [(at, row) for at, row in enumerate(report.tensors) if row.format == name]
+        upper.plot([at for at, _ in rows], [row.relative_error for _, row in rows], ".", label=name)
+        lower.plot([at for at, _ in rows], [row.max_error for _, row in rows], ".", label=name)
+    upper.set_ylabel("relative RMS error")
+    lower.set_ylabel("largest error")
+    lower.set_xlabel("weight, in file order")
+    upper.set_title(f"{report.destination.name}: {report.bits_per_weight:.3f} bits per weight")
+    upper.legend()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    return buffer.getvalue()
 
 
 def format_bytes(count: float) -> str:

@@ -7,18 +7,23 @@ normalization or router, or its model type keeps weights transposed.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..errors import CheckpointError, PatternError
 from ..formats import QuantConfig, match_module
 from .bnb import group, module_of, source_quantization
-from .files import Source
+from .files import Source, TensorInfo
+from .slabs import FP8_DTYPES
 
 if TYPE_CHECKING:
     from .load import Architecture
 
-QUANTIZABLE_DTYPES = ("F32", "F16", "BF16")
+QUANTIZABLE_DTYPES = ("F64", "F32", "F16", "BF16", *FP8_DTYPES)
+# How config.json calls checkpoints that hold fp8 weights with scales, which are weights to quantize all the same.
+_FP8_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
+_ACTIVATION_SCALE = re.compile(r".*\.(input|activation|output|k|v|q)_scale(_ub)?$")
 _EMBEDDING_NAMES = {"wte", "wpe", "shared", "relative_attention_bias"}
 _ROUTER_NAMES = {"gate", "router", "shared_expert_gate"}
 # GPT-2 and its kin hold [in, out] matrices (transformers' Conv1D): not a Linear's weight.
@@ -29,9 +34,18 @@ _DEFAULT_SKIP = set(QuantConfig().skip)
 
 @dataclass
 class Selection:
-    """`settings`: tensor name -> how to quantize it; `not_converted`: linear modules left as they are."""
+    """What becomes of each tensor.
+
+    Attributes:
+        settings: tensor name -> how to quantize it. not_converted: linear modules left as they are.
+        scales: name of an fp8 weight -> its scales, None if it has none; tile: rows and columns that share one.
+        dropped: names of tensors that say how the source is quantized, and are not carried along.
+    """
 
     settings: dict[str, QuantConfig] = field(default_factory=dict)
+    scales: dict[str, TensorInfo | None] = field(default_factory=dict)
+    tile: tuple[int, int] = (128, 128)
+    dropped: set[str] = field(default_factory=set)
     not_converted: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -64,7 +78,9 @@ def _architecture(source: Source, notes: list[str]) -> Architecture | None:
 
 def _refuse_quantized(source: Source) -> None:
     method = source_quantization(source.config())
-    if method is not None:
+    fp8 = any(info.dtype in FP8_DTYPES for info in source.tensors.values())
+    packed = any(name.endswith(".weight_packed") for name in source.tensors)
+    if method is not None and not (method in _FP8_METHODS and fp8 and not packed):
         raise CheckpointError(f"{source.root / 'config.json'}: the checkpoint is already quantized (by {method})")
     groups = group(source.tensors, str(source.root))
     if groups.quantized:
@@ -72,10 +88,37 @@ def _refuse_quantized(source: Source) -> None:
         raise CheckpointError(f"{source.tensors[key].path}: tensor {key!r} is already quantized")
 
 
+def _find_scales(source: Source, result: Selection) -> None:
+    """Pair fp8 weights with their scales."""
+    method = source_quantization(source.config())
+    for name, info in source.tensors.items():
+        if info.dtype not in FP8_DTYPES:
+            if method is not None and _ACTIVATION_SCALE.match(name):
+                result.dropped.add(name)
+            continue
+        scale = next((s for s in (f"{name}_scale_inv", f"{name}_scale") if s in source.tensors), None)
+        if scale is None and method is not None:
+            raise CheckpointError(
+                f"{info.path}: tensor {name!r} is {info.dtype}, but neither {name}_scale_inv nor {name}_scale is there"
+            )
+        result.scales[name] = None if scale is None else source.tensors[scale]
+        if scale is not None:
+            result.dropped.add(scale)
+    size = ((source.config() or {}).get("quantization_config") or {}).get("weight_block_size")
+    if size is not None:
+        if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
+            raise CheckpointError(f"{source.root / 'config.json'}: weight_block_size is {size!r}, not two sizes")
+        result.tile = (size[0], size[1])
+
+
+def is_experts(name: str, info: TensorInfo) -> bool:
+    """Whether a tensor holds the matrices of all experts of a layer, [experts, rows, columns]."""
+    return len(info.shape) == 3 and "experts" in name.split(".") and not name.endswith("bias") and info.numel > 0
+
+
 def _check_patterns(config: QuantConfig, modules: list[str]) -> None:
-    patterns = [(p, "skip") for p in config.skip if p not in _DEFAULT_SKIP] + [
-        (p, "overrides") for p in config.overrides
-    ]
+    patterns = [(p, "skip") for p in config.skip if p not in _DEFAULT_SKIP]
+    patterns += [(p, "overrides") for p in config.overrides] + [(p, "include") for p in config.include]
     for pattern, argument in patterns:
         if not any(match_module(module, pattern) for module in modules):
             shown = ", ".join(modules[:3])
@@ -89,14 +132,20 @@ def select(source: Source, config: QuantConfig) -> Selection:
 
     Raises:
         CheckpointError: the source is quantized already, or has no linear weight to quantize.
-        PatternError: a pattern of `config.skip` or `config.overrides` matches nothing.
+        PatternError: a pattern of `config.skip`, `config.include` or `config.overrides` matches nothing.
     """
     _refuse_quantized(source)
     result = Selection()
+    _find_scales(source, result)
     architecture = _architecture(source, result.notes)
     model_type = (source.config() or {}).get("model_type")
     modules, by_name, fused = {}, 0, 0
     for name, info in source.tensors.items():
+        if is_experts(name, info):
+            modules[name] = name.removesuffix(".weight")
+            continue
+        if name in result.dropped:
+            continue
         if len(info.shape) != 2 or info.numel == 0 or (name != "weight" and not name.endswith(".weight")):
             continue
         module = module_of(name)
@@ -118,6 +167,8 @@ def select(source: Source, config: QuantConfig) -> Selection:
         dtype = source.tensors[name].dtype
         if setting is not None and architecture is not None and module in architecture.keep:
             left_out.setdefault(architecture.keep[module], []).append(name)
+        elif setting is not None and not setting.is_4bit and len(source.tensors[name].shape) != 2:
+            left_out.setdefault("int8 takes matrices, it has three dimensions", []).append(name)
         elif setting is not None and dtype not in QUANTIZABLE_DTYPES:
             left_out.setdefault(f"its dtype is {dtype}", []).append(name)
         elif setting is not None:
@@ -131,6 +182,10 @@ def select(source: Source, config: QuantConfig) -> Selection:
         result.notes.append(f"{by_name} linear weights have no counterpart in the model class: their names decided")
     if not result.settings:
         raise CheckpointError(f"{source.root}: no weight of a linear layer to quantize (skip={list(config.skip)})")
+    if result.scales:
+        result.notes.append(
+            f"{len(result.scales)} fp8 weights were decoded by their scales; others of them are bf16 now"
+        )
     converted = {modules[name] for name in result.settings}
     left = set(architecture.linear | architecture.transposed) if architecture else set(modules.values())
     if "lm_head" not in converted and architecture is None:

@@ -1,36 +1,25 @@
-"""Quantizing a checkpoint on disk into another, one tensor in memory at a time."""
+"""Quantizing a checkpoint on disk into another, in pieces, so that memory bounds no model."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..errors import CheckpointError
+from .. import __version__
 from ..formats import QuantConfig
-from ..tensor import QuantTensor
 from . import bnb
-from .files import (
-    DTYPE_NAMES,
-    INDEX_NAME,
-    OTHER_WEIGHT_SUFFIXES,
-    SINGLE_NAME,
-    Source,
-    TensorInfo,
-    check_destination,
-    open_source,
-    read_bytes,
-    read_tensor,
-)
+from .files import OTHER_WEIGHT_SUFFIXES, Source, TensorInfo, check_outside, open_source
+from .job import Job, Output, Task, Tick
 from .report import CheckpointReport, TensorReport
 from .select import Selection, select
-from .writer import ShardWriter, Slot, Staging, tensor_bytes
+from .slabs import PlainReader, PlainSink, QuantSink, Reader, ScaledReader, copy, least_memory, pump
+from .writer import Slot
 
 Progress = Callable[[int, int, str], None]
 
@@ -51,57 +40,105 @@ def quantize(
     config: QuantConfig | None = None,
     *,
     max_shard_size: float = 5e9,
+    max_memory: float | None = None,
+    workers: int | None = None,
+    restart: bool = False,
     progress: Progress | bool | None = None,
 ) -> CheckpointReport:
     """Quantize the linear weights of a safetensors checkpoint into a new directory in bitsandbytes' layout.
 
-    Tensors are read, quantized and written one after another, so that memory holds about one of them. Everything else
-    in the checkpoint (other tensors, config, tokenizer) is carried along; weights in other formats are not. The files
-    get their names only when all are complete.
+    Weights are read, quantized and written in pieces, by several threads; fp8 weights are decoded by their scales.
+    Everything else in the checkpoint (other tensors, config, tokenizer) is carried along; weights in other formats are
+    not. The files get their names only when all are complete. An interrupted run (killed, out of disk space) is
+    continued by the same call, with the same bytes as a result; neither threads nor memory change them.
 
     Args:
         src: a `.safetensors` file, or a Hugging Face directory, sharded or not.
-        dst: a directory that is new or empty.
+        dst: a directory that is new or empty, or holds an unfinished run of the same call.
         config: `QuantConfig()` (NF4, blocks of 64, double quantization, the head skipped) if None.
         max_shard_size: bytes; a larger checkpoint is written as several files with an index.
-        progress: True for a progress bar on stderr, or a function called with (bytes done, bytes in all, tensor name).
+        max_memory: bytes that the process may take beyond what it and its libraries had before the first weight; by
+            default as much as runs at full speed, about 100 MB a worker.
+        workers: threads; by default as many as torch uses.
+        restart: discard an unfinished run in `dst`, whosever it is.
+        progress: True for a progress bar on stderr, or a function called with (bytes done, bytes in all, tensor name),
+            from any of the threads, one call at a time.
 
     Returns:
         A report; `report.table()` is a rich table of its figures.
 
     Raises:
         CheckpointNotFoundError: the source, a shard, or any safetensors in a directory is missing.
-        CheckpointError: a file is damaged, or quantized already; the destination lies in the source.
-        DestinationExistsError: the destination is a file, or not empty.
-        PatternError: a pattern of `config.skip` or `config.overrides` matches no linear layer.
+        CheckpointError: a file is damaged, or quantized already; the destination lies in the source, or another run is
+            writing there; a weight needs more than `max_memory`.
+        DestinationExistsError: the destination is a file, not empty, or holds an unfinished run of other work.
+        PatternError: a pattern of `config.skip`, `include` or `overrides` matches no linear layer.
         NonFiniteError: a weight holds NaN or infinity; names the tensor and its file.
-        StorageFullError: the disk is full; no file is left.
+        StorageFullError: the disk is full; what is done is kept for the same call to go on.
     """
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config: a QuantConfig is needed, not {type(config).__name__}")
-    if not max_shard_size > 0:
-        raise ValueError(f"max_shard_size: a positive number of bytes is needed, not {max_shard_size}")
+    check_run_arguments(max_shard_size, max_memory, workers)
     source, destination = open_source(src), Path(dst)
-    check_destination(Path(src), destination)
+    check_outside(Path(src), destination)
     selection = select(source, config)
     report = CheckpointReport(Path(src), destination, notes=selection.notes)
-    report.parameters = sum(info.numel for info in source.tensors.values())
+    report.parameters = sum(info.numel for name, info in source.tensors.items() if name not in selection.dropped)
     report.bytes_before = source.nbytes
-    with Staging(destination) as staging, _progress(progress, source.nbytes) as tick:
-        _write_shards(source, selection, staging, int(max_shard_size), report, tick)
-        _carry_files(source, staging, report)
-        _write_config(source, selection, config, staging)
-        staging.commit()
+    tasks = _tasks(source, selection)
+    files = {**carried_files(source, report), **_quantized_config(source, selection, config)}
+    identity = {
+        "kind": "quantize",
+        "version": __version__,
+        "source": fingerprint(source, files),
+        "options": {**_stored_options(config), "max_shard_size": int(max_shard_size)},
+        "plan": plan_digest(tasks),
+    }
+    job = Job(
+        destination,
+        identity,
+        workers=workers,
+        max_memory=None if max_memory is None else int(max_memory),
+        restart=restart,
+    )
+    with job, _progress(progress, sum(task.nbytes for task in tasks)) as tick:
+        metadata = {**{str(k): str(v) for k, v in source.metadata.items()}, "format": "pt"}
+        results = job.run(tasks, max_shard_size=int(max_shard_size), metadata=metadata, tick=tick)
+        job.commit(files)
+    report.tensors = [TensorReport.from_dict(result) for result in results if result]
+    report.shards, report.bytes_after, report.resumed = job.shards, job.nbytes, job.resumed
     return report
 
 
+def check_run_arguments(max_shard_size: float, max_memory: float | None, workers: int | None) -> None:
+    """Raises ValueError, naming the argument, unless a run can be made with these."""
+    if not max_shard_size > 0:
+        raise ValueError(f"max_shard_size: a positive number of bytes is needed, not {max_shard_size}")
+    if max_memory is not None and not max_memory > 0:
+        raise ValueError(f"max_memory: a positive number of bytes is needed, not {max_memory}")
+    if workers is not None and (isinstance(workers, bool) or not isinstance(workers, int) or workers < 1):
+        raise ValueError(f"workers: a number of threads, 1 or more, is needed, not {workers!r}")
+
+
+def _stored_options(config: QuantConfig) -> dict[str, Any]:
+    return bnb.stored(config).to_dict()
+
+
 @contextmanager
-def _progress(progress: Progress | bool | None, total: int) -> Iterator[Progress]:
+def _progress(progress: Progress | bool | None, total: int) -> Iterator[Tick]:
+    done = 0
     if progress is None or progress is False:
-        yield lambda done, total, name: None
+        yield lambda count, name: None
     elif progress is not True:
-        yield progress
+        call = progress
+
+        def tick(count: int, name: str) -> None:
+            nonlocal done
+            done += count
+            call(done, total, name)
+
+        yield tick
     else:
         from rich.console import Console
         from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
@@ -109,101 +146,39 @@ def _progress(progress: Progress | bool | None, total: int) -> Iterator[Progress
         columns = (BarColumn(), DownloadColumn(), TimeRemainingColumn(), TextColumn("{task.description}"))
         with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("", total=total)
-            yield lambda done, total, name: bar.update(task, completed=done, description=name)
+            yield lambda count, name: bar.update(task, advance=count, description=name)
 
 
-def _plan(source: Source, selection: Selection, limit: int) -> list[list[tuple[TensorInfo, list[Slot]]]]:
-    """Tensors in source order, split into shards of at most `limit` bytes (a larger tensor gets one to itself)."""
-    shards: list[list[tuple[TensorInfo, list[Slot]]]] = [[]]
-    room = limit
-    seen: set[str] = set()
-    for name, info in source.tensors.items():
-        setting = selection.settings.get(name)
+def _tasks(source: Source, selection: Selection) -> list[Task]:
+    """One task for every tensor of the source that is carried along, in file order."""
+    return [_task(info, selection) for name, info in source.tensors.items() if name not in selection.dropped]
+
+
+def _task(info: TensorInfo, selection: Selection) -> Task:
+    setting = selection.settings.get(info.name)
+    if setting is None and info.name not in selection.scales:
+        return Task(info.name, [Slot(info.name, info.dtype, info.shape)], info.nbytes, lambda out: copy(info, out))
+
+    def reader() -> Reader:
+        if info.name in selection.scales:
+            return ScaledReader(info, selection.scales[info.name], selection.tile)
+        return PlainReader(info)
+
+    first = reader()
+    if setting is None:
+        plain = PlainSink(info.name, first.dtype)
+        slots, least = plain.slots(info.shape), least_memory(first, plain)
+    else:
+        quant = QuantSink(info.name, info.shape, first.dtype, setting, first.name)
+        slots, least = quant.slots(), least_memory(first, quant)
+
+    def run(out: Output) -> dict[str, Any]:
+        source = reader()
         if setting is None:
-            slots = [Slot(name, info.dtype, info.shape)]
-        else:
-            slots = bnb.slots(bnb.module_of(name), info.shape, setting)
-        clash = seen.intersection(slot.name for slot in slots)
-        if clash:
-            raise CheckpointError(f"{info.path}: tensor {name!r}: the name {clash.pop()!r} would occur twice")
-        seen.update(slot.name for slot in slots)
-        size = sum(slot.nbytes for slot in slots)
-        if size > room and shards[-1]:
-            shards.append([])
-            room = limit
-        shards[-1].append((info, slots))
-        room -= size
-    return shards
+            return pump(source, PlainSink(info.name, source.dtype), out, info.nbytes)
+        return pump(source, QuantSink(info.name, info.shape, source.dtype, setting, source.name), out, info.nbytes)
 
-
-def _write_shards(
-    source: Source, selection: Selection, staging: Staging, limit: int, report: CheckpointReport, tick: Progress
-) -> None:
-    shards = _plan(source, selection, limit)
-    weight_map: dict[str, str] = {}
-    metadata = {**{str(k): str(v) for k, v in source.metadata.items()}, "format": "pt"}
-    done = 0
-    for number, members in enumerate(shards, 1):
-        name = SINGLE_NAME if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        slots = [slot for _, group in members for slot in group]
-        writer = ShardWriter(staging, name, slots, metadata)
-        for info, _ in members:
-            setting = selection.settings.get(info.name)
-            if setting is None:
-                report.bytes_after += writer.write(info.name, info.dtype, info.shape, read_bytes(info))
-            else:
-                row, size = _quantize_one(info, setting, writer)
-                report.tensors.append(row)
-                report.bytes_after += size
-            done += info.nbytes
-            tick(done, source.nbytes, info.name)
-        writer.finish()
-        report.shards.append(name)
-        weight_map.update({slot.name: name for slot in slots})
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": report.bytes_after}, "weight_map": dict(sorted(weight_map.items()))}
-        staging.write(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode())
-
-
-def _quantize_one(info: TensorInfo, setting: QuantConfig, writer: ShardWriter) -> tuple[TensorReport, int]:
-    weight = read_tensor(info)
-    quantized = QuantTensor.quantize(weight, setting, name=f"{info.name} ({info.path})")
-    error = relative_error(weight, quantized)
-    del weight
-    prefix = bnb.prefix_of(bnb.module_of(info.name))
-    total = payload = 0
-    for key, value in quantized.state().items():
-        size = writer.write(prefix + key, DTYPE_NAMES[value.dtype], tuple(value.shape), [tensor_bytes(value)])
-        total += size
-        payload += size if key in {"weight", "weight.absmax", "weight.nested_absmax", "SCB"} else 0
-    bits = 8 * payload / info.numel
-    return TensorReport(info.name, info.shape, setting.format_name, setting.block_size, bits, error), total
-
-
-def relative_error(weight: torch.Tensor, quantized: QuantTensor, chunk: int = 1 << 14) -> float:
-    """||W - Wq|| / ||W|| in the Frobenius norm, 0 for an all-zero weight.
-
-    Pieces are summed in fp32, their sums in double precision. A piece stays in cache, and below the size from which
-    torch starts threads, which on a busy machine wait for each other longer than they work.
-    """
-    exact, decoded = weight.reshape(-1), quantized.dequantize().reshape(-1)
-    difference, norm = _squares(exact, decoded, torch.float32, chunk)
-    if not 0.0 < norm < float("inf"):  # all zero, or values whose squares leave the range of fp32
-        difference, norm = _squares(exact, decoded, torch.float64, chunk)
-    return float((difference / norm) ** 0.5) if norm else 0.0
-
-
-def _squares(exact: torch.Tensor, decoded: torch.Tensor, dtype: torch.dtype, chunk: int) -> tuple[float, float]:
-    """||exact - decoded||^2 and ||exact||^2."""
-    x, y = torch.empty(chunk, dtype=dtype), torch.empty(chunk, dtype=dtype)
-    difference = norm = 0.0
-    for start in range(0, exact.numel(), chunk):
-        count = min(chunk, exact.numel() - start)
-        a, b = x[:count].copy_(exact[start : start + count]), y[:count].copy_(decoded[start : start + count])
-        norm += float(torch.linalg.vector_norm(a)) ** 2
-        b.sub_(a)
-        difference += float(torch.linalg.vector_norm(b)) ** 2
-    return difference, norm
+    return Task(info.name, slots, info.nbytes, run, *least)
 
 
 def _companions(source: Source) -> Iterator[Path]:
@@ -221,13 +196,9 @@ def _companions(source: Source) -> Iterator[Path]:
             yield from (p.relative_to(source.root) for p in inside)
 
 
-def _pieces(path: Path) -> Iterator[bytes]:
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            yield piece
-
-
-def _carry_files(source: Source, staging: Staging, report: CheckpointReport) -> None:
+def carried_files(source: Source, report: CheckpointReport) -> dict[str, bytes | Path]:
+    """What goes along with the tensors, by name in the destination; config.json is not among them."""
+    result: dict[str, bytes | Path] = {}
     left = []
     for relative in _companions(source):
         path = source.root / relative
@@ -237,18 +208,44 @@ def _carry_files(source: Source, staging: Staging, report: CheckpointReport) -> 
             if path not in source.shards and not path.name.endswith(".index.json"):
                 left.append(str(relative))
             continue
-        staging.write(relative.as_posix(), _pieces(path))
+        result[relative.as_posix()] = path
     if left:
         report.notes.append(f"weights in other files were not carried along: {', '.join(left[:4])}")
+    return result
 
 
-def _write_config(source: Source, selection: Selection, config: QuantConfig, staging: Staging) -> None:
+def _quantized_config(source: Source, selection: Selection, config: QuantConfig) -> dict[str, bytes | Path]:
     settings: dict[str, Any] | None = source.config()
     if settings is None:
-        return
-    dtypes = Counter(source.tensors[name].dtype for name in selection.settings)
-    compute_dtype = bnb.JSON_DTYPES[dtypes.most_common(1)[0][0]]
-    settings["quantization_config"] = bnb.quantization_config(
-        config, selection.settings.values(), compute_dtype, selection.not_converted
-    )
-    staging.write("config.json", (json.dumps(settings, indent=2) + "\n").encode())
+        return {}
+    dtypes = Counter(bnb.JSON_DTYPES.get(source.tensors[name].dtype, "bfloat16") for name in selection.settings)
+    used = [selection.settings[name] for name in selection.settings]
+    experts = any(len(source.tensors[name].shape) != 2 for name in selection.settings)
+    block = bnb.quantization_config(config, used, dtypes.most_common(1)[0][0], selection.not_converted, experts)
+    settings["quantization_config"] = block
+    return {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
+
+
+def fingerprint(source: Source, files: Mapping[str, bytes | Path]) -> dict[str, Any]:
+    """What tells a checkpoint from another, or from itself after a change, without reading its data."""
+    shards = {}
+    for path in source.shards:
+        state = path.stat()
+        with path.open("rb") as file:
+            header = file.read(8)
+            header += file.read(int.from_bytes(header, "little"))
+        shards[path.name] = [state.st_size, state.st_mtime_ns, hashlib.sha256(header).hexdigest()]
+    others: dict[str, Any] = {}
+    for name, content in files.items():
+        if isinstance(content, Path):
+            state = content.stat()
+            others[name] = [state.st_size, state.st_mtime_ns]
+        else:
+            others[name] = hashlib.sha256(content).hexdigest()
+    return {"shards": shards, "files": others}
+
+
+def plan_digest(tasks: Sequence[Task]) -> str:
+    """What the tasks write, in short: it changes with whatever decides which tensor becomes what."""
+    lines = [f"{task.name} {[(s.name, s.dtype, s.shape) for s in task.slots]}" for task in tasks]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()

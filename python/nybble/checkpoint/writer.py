@@ -6,7 +6,7 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -21,15 +21,18 @@ _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class StorageFullError(OSError):
-    """No room left for a file that was being written; nothing was left under its final name."""
+    """No room left for a file that was being written; nothing was left under its final name.
+
+    Attributes:
+        outcome: what became of the work, for the message.
+    """
 
     def __init__(self, number: int, path: Path) -> None:
-        super().__init__(
-            number, f"{path}: {os.strerror(number).lower()} while writing; nothing was left behind", str(path)
-        )
+        super().__init__(number, f"{path}: {os.strerror(number).lower()} while writing", str(path))
+        self.outcome = "nothing was left behind"
 
     def __str__(self) -> str:
-        return str(self.strerror)
+        return f"{self.strerror}; {self.outcome}"
 
 
 @contextlib.contextmanager
@@ -110,12 +113,7 @@ class Staging:
         for name in self._names:
             os.replace(self._temporary(name), self.directory / name)
         self._names.clear()
-        if os.name == "posix":  # a directory cannot be opened for syncing elsewhere
-            handle = os.open(self.directory, os.O_RDONLY)
-            try:
-                os.fsync(handle)
-            finally:
-                os.close(handle)
+        sync_directory(self.directory)
 
 
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:
@@ -152,56 +150,101 @@ class Slot:
         return (count * DTYPE_BITS[self.dtype] + 7) // 8
 
 
-class ShardWriter:
-    """A safetensors file written tensor by tensor, in any order, holding none of them.
+class ShardLayout:
+    """Where each tensor of a safetensors file lies, known before any of them is computed.
 
-    All sizes but those of short texts are known before the first tensor is computed. So the data of known size gets its
-    place at once (largest element first, which keeps every tensor aligned to its dtype), texts follow behind it, and
-    the header, whose length depends on the texts' offsets by a few digits, goes into room reserved for the longest it
-    can be, filled up with spaces as the format allows. The file's room on the disk is claimed first, so that a full
-    disk shows before the work, not after it.
+    All sizes but those of short texts are known. So the data of known size gets its place at once (largest element
+    first, which keeps every tensor aligned to its dtype), texts follow behind it in the order of their slots, and the
+    header, whose length depends on the texts' offsets by a few digits, goes into room reserved for the longest it can
+    be, filled up with spaces as the format allows.
+
+    Attributes:
+        slots: by name. size: bytes of the file without its texts.
     """
 
-    def __init__(self, staging: Staging, name: str, slots: list[Slot], metadata: dict[str, str]) -> None:
-        self.staging, self.name, self.path = staging, name, staging.directory / name
+    def __init__(self, path: Path, slots: Iterable[Slot], metadata: dict[str, str]) -> None:
+        planned = list(slots)
+        self.slots = {slot.name: slot for slot in planned}
+        if len(self.slots) != len(planned):
+            raise CheckpointError(f"{path}: a tensor name is planned twice")
         self._metadata = metadata
-        self._slots = {slot.name: slot for slot in slots}
-        if len(self._slots) != len(slots):
-            raise CheckpointError(f"{self.path}: a tensor name is planned twice")
-        fixed = sorted((s for s in slots if s.shape is not None), key=lambda s: (-DTYPE_BITS[s.dtype], s.name))
+        fixed = sorted((s for s in planned if s.shape is not None), key=lambda s: (-DTYPE_BITS[s.dtype], s.name))
         self._offsets: dict[str, int] = {}
         at = 0
         for slot in fixed:
             self._offsets[slot.name] = at
             at += slot.nbytes
-        self._texts_at = at
-        self._texts: dict[str, bytes] = {}
-        self._written: set[str] = set()
-        limit = at + sum(s.nbytes for s in slots if s.shape is None)
-        longest = {s.name: self._entry(s, limit, limit) for s in slots}
+        self._data_bytes = at
+        limit = at + sum(s.nbytes for s in planned if s.shape is None)
+        longest = {
+            s.name: self._entry(s.dtype, [s.limit] if s.shape is None else s.shape, limit, limit) for s in planned
+        }
         self._header_size = (len(self._header(longest)) + 7) // 8 * 8
-        self._file = staging.open(name)
-        self._claim(8 + self._header_size + at)
+        self.size = 8 + self._header_size + at
 
     @staticmethod
-    def _entry(slot: Slot, begin: int, end: int) -> dict[str, object]:
-        shape = [slot.limit] if slot.shape is None else list(slot.shape)
-        return {"dtype": slot.dtype, "shape": shape, "data_offsets": [begin, end]}
+    def _entry(dtype: str, shape: Iterable[int], begin: int, end: int) -> dict[str, object]:
+        return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
     def _header(self, entries: dict[str, dict[str, object]]) -> bytes:
         return json.dumps({"__metadata__": self._metadata, **entries}, separators=(",", ":")).encode()
 
-    def _claim(self, size: int) -> None:
-        if hasattr(os, "posix_fallocate"):
-            with full_disk_names(self.path):
-                try:
-                    os.posix_fallocate(self._file.fileno(), 0, size)
-                except OSError as error:
-                    if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
-                        raise
+    def position(self, name: str) -> int:
+        """The byte of the file at which a tensor of known size begins."""
+        return 8 + self._header_size + self._offsets[name]
+
+    def ends(self, texts: Mapping[str, bytes]) -> tuple[bytes, bytes]:
+        """What is written last: the file's beginning up to the data, and the texts, which go to byte `size`."""
+        entries = {}
+        for name, begin in self._offsets.items():
+            slot = self.slots[name]
+            entries[name] = self._entry(slot.dtype, slot.shape or (), begin, begin + slot.nbytes)
+        at = self._data_bytes
+        tail = []
+        for name, slot in self.slots.items():
+            if slot.shape is None:
+                text = texts[name]
+                entries[name] = self._entry(slot.dtype, [len(text)], at, at + len(text))
+                at += len(text)
+                tail.append(text)
+        header = self._header(entries).ljust(self._header_size)
+        return self._header_size.to_bytes(8, "little") + header, b"".join(tail)
+
+
+def claim(file: BinaryIO, size: int, path: Path) -> None:
+    """Claim a file's room on the disk, where the system can, so that a full disk shows before the work, not after."""
+    if hasattr(os, "posix_fallocate") and size:
+        with full_disk_names(path):
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno not in {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}:
+                    raise
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the names in a directory last, where the system can be told to."""
+    if os.name == "posix":  # a directory cannot be opened for syncing elsewhere
+        handle = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class ShardWriter:
+    """A safetensors file of a `Staging`, written tensor by tensor in any order, holding none of them."""
+
+    def __init__(self, staging: Staging, name: str, slots: list[Slot], metadata: dict[str, str]) -> None:
+        self.staging, self.name, self.path = staging, name, staging.directory / name
+        self._layout = ShardLayout(self.path, slots, metadata)
+        self._texts: dict[str, bytes] = {}
+        self._written: set[str] = set()
+        self._file = staging.open(name)
+        claim(self._file, self._layout.size, self.path)
 
     def _slot(self, name: str, dtype: str, shape: tuple[int, ...]) -> Slot:
-        slot = self._slots.get(name)
+        slot = self._layout.slots.get(name)
         if slot is None or slot.dtype != dtype or (slot.shape is not None and slot.shape != shape):
             planned = "nothing" if slot is None else f"{slot.dtype} {slot.shape}"
             raise CheckpointError(f"{self.path}: tensor {name!r}: {planned} was planned, {dtype} {shape} came")
@@ -226,7 +269,7 @@ class ShardWriter:
             return len(text)
         done = 0
         with full_disk_names(self.path):
-            self._file.seek(8 + self._header_size + self._offsets[name])
+            self._file.seek(self._layout.position(name))
         for piece in pieces:
             with full_disk_names(self.path):
                 write_all(self._file, piece)
@@ -237,25 +280,13 @@ class ShardWriter:
 
     def finish(self) -> None:
         """Write the texts and the header and sync the file; every planned tensor must have come."""
-        left = sorted(self._slots.keys() - self._written)
+        left = sorted(self._layout.slots.keys() - self._written)
         if left:
             raise CheckpointError(f"{self.path}: tensor {left[0]!r} was never written")
-        entries = {}
-        for name, begin in self._offsets.items():
-            slot = self._slots[name]
-            entries[name] = self._entry(slot, begin, begin + slot.nbytes)
-        at = self._texts_at
-        for name, text in self._texts.items():
-            entries[name] = {
-                "dtype": self._slots[name].dtype,
-                "shape": [len(text)],
-                "data_offsets": [at, at + len(text)],
-            }
-            at += len(text)
-        header = self._header(entries).ljust(self._header_size)
+        head, tail = self._layout.ends(self._texts)
         with full_disk_names(self.path):
-            self._file.seek(8 + self._header_size + self._texts_at)
-            write_all(self._file, b"".join(self._texts.values()))
+            self._file.seek(self._layout.size)
+            write_all(self._file, tail)
             self._file.seek(0)
-            write_all(self._file, self._header_size.to_bytes(8, "little") + header)
+            write_all(self._file, head)
         self.staging.close(self.name)

@@ -1,0 +1,193 @@
+"""Interrupted runs: killed at any step, out of disk space, two at once, other arguments, damaged leftovers."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from kill_campaign import digest
+from safetensors.torch import save_file
+
+import nybble
+from nybble import QuantConfig
+from nybble.checkpoint import StorageFullError, job
+from nybble.checkpoint.journal import JOURNAL_NAME, BusyError, Journal
+from nybble.errors import CheckpointError, DestinationExistsError
+
+CAMPAIGN = Path(__file__).parent / "kill_campaign.py"
+SHARD = 90_000
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A checkpoint without a model class, which spares the runs transformers' import."""
+    torch.manual_seed(0)
+    directory = tmp_path / "src"
+    directory.mkdir()
+    weights = {f"layers.{i}.fc.weight": torch.randn(200 + i, 300).bfloat16() for i in range(6)}
+    weights |= {f"layers.{i}.norm.weight": torch.randn(300) for i in range(6)}
+    save_file(weights, directory / "model.safetensors")
+    (directory / "tokenizer.json").write_text("{}")
+    (directory / "config.json").write_text('{"architectures": ["None"]}')
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def sync_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "SYNC_SECONDS", 0.0)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_killed_at_any_step_the_same_call_goes_on_to_the_same_bytes(source: Path, tmp_path: Path, workers: int) -> None:
+    keywords = {"src": str(source), "dst": "{out}", "max_shard_size": SHARD, "workers": workers}
+    points = 30
+    command = [sys.executable, CAMPAIGN, "nybble.checkpoint.stream:quantize", json.dumps(keywords), tmp_path, points]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["points"] == result["same"] == points
+    assert 0 < result["nothing_final"] < points  # kills fell before and in the renaming
+
+
+class Stop(BaseException):
+    """Such as KeyboardInterrupt."""
+
+
+def interrupted(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> None:
+    """Let the task with this number raise."""
+    original, count = job.Output.check_complete, [0]
+
+    def limited(self: job.Output) -> None:
+        original(self)
+        count[0] += 1
+        if count[0] > after:
+            raise error
+
+    monkeypatch.setattr(job.Output, "check_complete", limited)
+
+
+def test_what_is_done_is_not_done_again_and_the_report_is_whole(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = nybble.quantize(source, tmp_path / "whole", max_shard_size=SHARD)
+    with monkeypatch.context() as patch:
+        interrupted(patch, 5, Stop())
+        with pytest.raises(Stop):
+            nybble.quantize(source, tmp_path / "out", max_shard_size=SHARD, workers=1)
+    assert not [p for p in (tmp_path / "out").iterdir() if not p.name.startswith(".")]
+    report = nybble.quantize(source, tmp_path / "out", max_shard_size=SHARD)
+    assert report.resumed == 5
+    assert report.tensors == whole.tensors
+    assert report.bytes_after == whole.bytes_after
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+def test_an_error_in_the_data_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupted(monkeypatch, 5, ValueError("bad data"))
+    with pytest.raises(ValueError, match="bad data"):
+        nybble.quantize(source, tmp_path / "a" / "out", workers=1)
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("limit", [3_000, 70_000, 100_000, 200_000])
+def test_a_full_disk_at_several_points(source: Path, tmp_path: Path, limit: int) -> None:
+    out = tmp_path / "out"
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(StorageFullError, match=r"model.*\.safetensors: file too large"):
+            nybble.quantize(source, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not out.exists()  # the room is claimed first, so that there is nothing to keep
+
+
+def test_a_disk_that_fills_up_under_way_keeps_what_is_done(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, written, original = tmp_path / "out", 0, job.write_all
+    nybble.quantize(source, tmp_path / "whole", max_shard_size=SHARD)
+
+    def limited(file: Any, data: Any) -> None:
+        nonlocal written
+        written += len(data)
+        if written > 120_000:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        original(file, data)
+
+    monkeypatch.setattr(job, "write_all", limited)
+    with pytest.raises(StorageFullError, match=r"no space left .*; \d+ weights are done and kept in .*out, the same"):
+        nybble.quantize(source, out, max_shard_size=SHARD)
+    assert not [p for p in out.iterdir() if not p.name.startswith(".")]
+    monkeypatch.setattr(job, "write_all", original)
+    report = nybble.quantize(source, out, max_shard_size=SHARD)
+    assert report.resumed > 0
+    assert digest(out) == digest(tmp_path / "whole")
+
+
+@pytest.fixture
+def unfinished(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        interrupted(patch, 5, Stop())
+        with pytest.raises(Stop):
+            nybble.quantize(source, out, max_shard_size=SHARD, workers=1)
+    return out
+
+
+def test_other_options_or_another_source_are_refused(source: Path, unfinished: Path, tmp_path: Path) -> None:
+    before = digest(unfinished)
+    with pytest.raises(DestinationExistsError, match=r'options: format was "nf4", is "fp4".*--restart'):
+        nybble.quantize(source, unfinished, QuantConfig("fp4"), max_shard_size=SHARD)
+    with pytest.raises(DestinationExistsError, match="max_shard_size was 90000, is 1000000"):
+        nybble.quantize(source, unfinished, max_shard_size=1e6)
+    (source / "tokenizer.json").write_text('{"changed": 1}')
+    with pytest.raises(DestinationExistsError, match=r"source: files: tokenizer\.json was"):
+        nybble.quantize(source, unfinished, max_shard_size=SHARD)
+    assert digest(unfinished) == before
+    nybble.quantize(source, unfinished, QuantConfig("fp4"), restart=True)
+    nybble.quantize(source, tmp_path / "fresh", QuantConfig("fp4"))
+    assert digest(unfinished) == digest(tmp_path / "fresh")
+
+
+def test_two_runs_at_once(source: Path, unfinished: Path, tmp_path: Path) -> None:
+    before = digest(unfinished)
+    with Journal(unfinished), pytest.raises(BusyError, match="another run is writing there"):
+        nybble.quantize(source, unfinished, max_shard_size=SHARD)
+    assert digest(unfinished) == before
+    (tmp_path / "new").mkdir()
+    with Journal(tmp_path / "new"), pytest.raises(BusyError):
+        nybble.quantize(source, tmp_path / "new")
+
+
+@pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "journal"])
+def test_damaged_leftovers_are_made_anew(source: Path, unfinished: Path, tmp_path: Path, damage: str) -> None:
+    nybble.quantize(source, tmp_path / "whole", max_shard_size=SHARD)
+    part = sorted(unfinished.glob(".model*.part"))[0]
+    data = bytearray(part.read_bytes())
+    if damage == "flip":
+        data[len(data) // 3] ^= 255
+        part.write_bytes(data)
+    elif damage == "truncate":
+        part.write_bytes(data[:100])
+    elif damage == "remove":
+        part.unlink()
+    else:
+        journal = unfinished / JOURNAL_NAME
+        journal.write_bytes(journal.read_bytes()[:-30] + b"\n\xff\n")
+    report = nybble.quantize(source, unfinished, max_shard_size=SHARD)
+    assert report.resumed < 5
+    assert digest(unfinished) == digest(tmp_path / "whole")
+
+
+def test_a_ceiling_too_low_says_what_is_needed(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"max_memory: 1,000,000 bytes are too few: .* needs at least [\d,]+"):
+        nybble.quantize(source, tmp_path / "out", max_memory=1e6)
+    assert not (tmp_path / "out").exists()
