@@ -60,7 +60,8 @@ def source(tmp_path: Path) -> Path:
 def test_options_reach_the_file_and_the_table_is_printed(nybble: Run, source: Path, tmp_path: Path) -> None:
     done = nybble(
         "quantize", source, tmp_path / "out", "--format", "fp4", "--block-size", 128, "--no-double-quant",
-        "--search", "mse", "--skip", "lm_head", "--skip", "fc2", "--max-shard-size", "5 KB",
+        "--search", "mse", "--exclude", "fc2", "--max-shard-size", "5 KB", "--max-memory", "200MB", "--workers", 2,
+        "--report", tmp_path / "report.json",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for text in ("parameters", "8,768", "4,096 (46.7%) in 1 weights", "fp4", "4.250", "mean relative error", "35.1 kB"):
@@ -69,8 +70,9 @@ def test_options_reach_the_file_and_the_table_is_printed(nybble: Run, source: Pa
     block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["nybble"]
     assert block == {
         "format": "fp4", "block_size": 128, "double_quant": False, "search": "mse", "compute": None,
-        "skip": ["lm_head", "fc2"], "overrides": {},
+        "skip": ["lm_head", "fc2"], "include": [], "overrides": {},
     }  # fmt: skip
+    assert (tmp_path / "report.json").is_file() and (tmp_path / "report.png").is_file()
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert [path.name for path in shards] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     assert "fc1.weight.quant_state.bitsandbytes__fp4" in load_file(shards[0])
@@ -84,7 +86,7 @@ def test_errors_are_one_line_without_a_traceback(
         ("quantize", source, source / "out"): f"error: {source / 'out'}: the destination is the source",
         ("quantize", source, tmp_path / "out", "--format", "nf5"): "error: format is 'nf5'; known formats are nf4, fp4",
         ("quantize", source, tmp_path / "out", "--block-size", 48): "error: block_size is 48; allowed are 32, 64",
-        ("quantize", source, tmp_path / "out", "--skip", "q"): "error: skip: pattern 'q' matches no linear layer",
+        ("quantize", source, tmp_path / "out", "--exclude", "q"): "error: skip: pattern 'q' matches no linear layer",
         ("quantize", source, tmp_path / "out", "--max-shard-size", "5TB"): "error: size '5TB': a number with one of",
     }
     for arguments, message in cases.items():
@@ -123,6 +125,21 @@ def test_as_a_process_without_heavy_imports() -> None:
     failed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (failed.returncode, failed.stdout) == (1, "")
     assert failed.stderr == "error: /no/such/place: no such file or directory (a local checkpoint is needed)\n"
+
+
+def test_formats_by_pattern(nybble: Run, source: Path, tmp_path: Path) -> None:
+    done = nybble(
+        "quantize", source, tmp_path / "out", "--override", "fc1=int8", "--override", "fc2=keep",
+        "--override", "lm_head=fp4,block_size=32,double_quant=false", "--include", "fc1",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    keys = set(load_file(tmp_path / "out" / "model.safetensors"))
+    assert {"fc1.SCB", "fc2.weight", "lm_head.weight.quant_state.bitsandbytes__fp4"} <= keys
+    assert not {"fc2.SCB", "fc2.weight.absmax", "lm_head.weight.nested_absmax"} & keys
+    for text in ("fc1", "=nf4", "fc1=", "fc1=nf4,block_size", "fc1=nf4,double_quant=maybe", "fc1=block_size=32"):
+        failed = nybble("quantize", source, tmp_path / "x", "--override", text)
+        assert failed.returncode == 1
+        assert failed.stderr.startswith(f"error: override '{text}'")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ of their `step`, so what they write does not depend on how large the pieces are.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, Protocol
@@ -143,6 +144,12 @@ class QuantizedReader:
             for key, member in members.items()
         }
         self._whole = QuantTensor.from_state(state, self.name, dtype)
+        if self._whole.is_nested:  # the offset went where the codes are
+            key = next(key for key in state if key.startswith("weight.quant_state."))
+            offset = float(json.loads(bytes(state[key].tolist()))["nested_offset"])
+            self._whole.nested_offset = torch.tensor(offset, dtype=torch.float32)
+            if not math.isfinite(self._whole.nested_offset):
+                raise LayoutError(f"{self.name}: its nested_offset is {offset}, which is not finite")
         self.shape, self.dtype = self._whole.shape, self._whole.dtype
         self.fixed = self._whole.nbytes // NESTED_BLOCK_SIZE + 4 * (self.shape[0] if "SCB" in members else 0)
         self.bytes_per_element: float = 1 + 4 + 4

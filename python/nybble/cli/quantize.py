@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_NUMBERS = {"block_size": int}
+_SWITCHES = {"double_quant": {"true": True, "false": False}}
 
 
 def parse_size(text: str) -> float:
@@ -19,34 +22,90 @@ def parse_size(text: str) -> float:
     return float(match[1]) * _UNITS[match[2].upper()]
 
 
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """{pattern: override} from "PATTERN=FORMAT[,block_size=N][,double_quant=BOOL][,search=NAME]", or "PATTERN=keep".
+
+    >>> parse_overrides(["down_proj=int8", "q_proj=nf4,block_size=32", "embed_out=keep"])
+    {'down_proj': {'format': 'int8'}, 'q_proj': {'format': 'nf4', 'block_size': 32}, 'embed_out': None}
+    """
+    result: dict[str, Any] = {}
+    for text in texts:
+        pattern, equals, value = text.partition("=")
+        first, *rest = value.split(",")
+        if not pattern or not equals or not first or "=" in first:
+            raise ValueError(f"override {text!r}: PATTERN=FORMAT or PATTERN=keep is needed, such as 'down_proj=int8'")
+        if first == "keep" and not rest:
+            result[pattern] = None
+            continue
+        settings: dict[str, Any] = {"format": first}
+        for item in rest:
+            key, equals, setting = item.partition("=")
+            try:
+                settings[key] = _SWITCHES[key][setting] if key in _SWITCHES else _NUMBERS.get(key, str)(setting)
+            except (KeyError, ValueError):
+                raise ValueError(f"override {text!r}: {item!r} is not a setting with a value") from None
+        result[pattern] = settings
+    return result
+
+
 def command(
     src: Annotated[Path, typer.Argument(help="A .safetensors file or a Hugging Face directory.")],
-    dst: Annotated[Path, typer.Argument(help="A new or empty directory.")],
+    dst: Annotated[Path, typer.Argument(help="A new or empty directory, or one with an unfinished run.")],
     format: Annotated[str, typer.Option("--format", "-f", help="nf4, fp4, int4 or int8.")] = "nf4",
     block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64, ... 4096.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
     search: Annotated[str, typer.Option(help="How a scale is chosen: absmax or mse.")] = "absmax",
-    skip: Annotated[
+    include: Annotated[
+        list[str] | None, typer.Option(help="Name pattern of the only layers to quantize; repeatable.")
+    ] = None,
+    exclude: Annotated[
         list[str] | None,
-        typer.Option(help="Name pattern of layers to leave as they are; repeatable.  [default: lm_head]"),
+        typer.Option(help="Name pattern of layers to leave as they are, besides lm_head; repeatable."),
+    ] = None,
+    override: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="PATTERN=FORMAT[,block_size=N][,double_quant=false][,search=mse], or PATTERN=keep; repeatable, the "
+            "first match wins, also over lm_head and --exclude."
+        ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest output file, such as 5GB.")] = "5GB",
+    max_memory: Annotated[
+        str | None, typer.Option(help="What the process may take beyond its libraries, such as 512MB.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a core]")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write the error of every weight to this JSON file, and a plot beside it.")
+    ] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in DST.")] = False,
 ) -> None:
-    """Quantize the linear layers of a checkpoint, one tensor in memory at a time."""
+    """Quantize the linear layers of a checkpoint, in bounded memory. Interrupted, the same command goes on."""
     limit = parse_size(max_shard_size)
+    memory = None if max_memory is None else parse_size(max_memory)
     from rich.console import Console
 
     from ..checkpoint.stream import quantize
     from ..formats import QuantConfig
 
-    config = QuantConfig(format=format, block_size=block_size, double_quant=double_quant, search=search)
-    if skip is not None:
-        config = QuantConfig(**{**config.to_dict(), "skip": tuple(skip)})
-    report = quantize(src, dst, config, max_shard_size=limit, progress=True)
+    config = QuantConfig(
+        format=format,
+        block_size=block_size,
+        double_quant=double_quant,
+        search=search,
+        skip=("lm_head", *(exclude or ())),
+        include=tuple(include or ()),
+        overrides=parse_overrides(override or ()),
+    )
+    result = quantize(
+        src, dst, config, max_shard_size=limit, max_memory=memory, workers=workers, restart=restart, progress=True
+    )
     console = Console()
-    console.print(report.table())
-    console.print(f"written to {dst}", markup=False, highlight=False, soft_wrap=True)
-    for note in report.notes:
+    console.print(result.table())
+    if result.resumed:
+        console.print(f"{result.resumed} tensors were there already from an interrupted run")
+    written = [dst, *(result.write(report) if report is not None else ())]
+    console.print(f"written to {', '.join(map(str, written))}", markup=False, highlight=False, soft_wrap=True)
+    for note in result.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
 
 
