@@ -26,7 +26,7 @@ CONFIGS = [
 @pytest.mark.parametrize("module", ["", "model.layers.0.mlp.up_proj"])
 def test_planned_slots_are_what_quantizing_gives(config: QuantConfig, shape: tuple[int, int], module: str) -> None:
     state = QuantTensor.quantize(torch.randn(shape), config).state()
-    slots = {slot.name: slot for slot in bnb.slots(module, shape, config)}
+    slots = {slot.name: slot for slot in bnb.slots_for(f"{bnb.prefix_of(module)}weight", shape, config)}
     assert slots.keys() == {bnb.prefix_of(module) + key for key in state}
     for key, value in state.items():
         slot = slots[bnb.prefix_of(module) + key]

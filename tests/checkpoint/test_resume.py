@@ -173,8 +173,7 @@ def test_damaged_leftovers_are_made_anew(source: Path, unfinished: Path, tmp_pat
     part = sorted(unfinished.glob(".model*.part"))[0]
     data = bytearray(part.read_bytes())
     if damage == "flip":
-        data[len(data) // 3] ^= 255
-        part.write_bytes(data)
+        part.write_bytes(bytes(byte ^ 255 for byte in data))
     elif damage == "truncate":
         part.write_bytes(data[:100])
     elif damage == "remove":
