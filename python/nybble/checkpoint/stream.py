@@ -58,7 +58,7 @@ def quantize(
         config: `QuantConfig()` (NF4, blocks of 64, double quantization, the head skipped) if None.
         max_shard_size: bytes; a larger checkpoint is written as several files with an index.
         max_memory: bytes that the process may take beyond what it and its libraries had before the first weight; by
-            default as much as runs at full speed, about 100 MB a worker.
+            default what runs at full speed, about 16 MB a worker and more for the scales of very large weights.
         workers: threads; by default as many as torch uses.
         restart: discard an unfinished run in `dst`, whosever it is.
         progress: True for a progress bar on stderr, or a function called with (bytes done, bytes in all, tensor name),
