@@ -86,11 +86,13 @@ def main() -> None:
     status, steps = in_child(run(folder / "whole"))
     assert status == 0 and steps > 0, (status, steps)
     whole = digest(folder / "whole")
-    same = early = 0
+    same = early = killed = 0
     for point in sorted(random.Random(0).sample(range(1, steps + 1), min(points, steps))):
         out = folder / f"killed{point}"
         status, _ = in_child(run(out), die_at=point)
-        assert status == -signal.SIGKILL, (point, status)
+        # Records that wait are written together, so some runs have fewer steps than the first one.
+        assert status in (0, -signal.SIGKILL), (point, status)
+        killed += status != 0
         if out.exists():
             final = {name: h for name, h in digest(out).items() if not Path(name).name.startswith(".")}
             early += not final
@@ -100,7 +102,11 @@ def main() -> None:
             assert status == 0, f"killed at step {point}: the same call does not go on"
         same += digest(out) == whole
         shutil.rmtree(out)
-    print(json.dumps({"steps": steps, "points": min(points, steps), "same": same, "nothing_final": early}))
+    print(
+        json.dumps(
+            {"steps": steps, "points": min(points, steps), "same": same, "killed": killed, "nothing_final": early}
+        )
+    )
 
 
 if __name__ == "__main__":
