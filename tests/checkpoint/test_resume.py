@@ -53,8 +53,7 @@ def test_killed_at_any_step_the_same_call_goes_on_to_the_same_bytes(source: Path
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["points"] == result["same"] == points
-    assert result["killed"] > points // 2
-    assert 0 < result["nothing_final"] < points  # kills fell before and in the renaming
+    assert 0 < result["nothing"] < points  # kills fell before and in the renaming
 
 
 class Stop(BaseException):
