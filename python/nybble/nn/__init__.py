@@ -2,10 +2,11 @@
 
 from .inject import LoRAConfig, LoRAReport, QuantizeReport, add_lora, count_parameters, quantize_
 from .linear import QuantLinear
-from .lora import LoRALinear
+from .lora import LoRAEmbedding, LoRALinear
 
 __all__ = [
     "LoRAConfig",
+    "LoRAEmbedding",
     "LoRALinear",
     "LoRAReport",
     "QuantLinear",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,9 +57,11 @@ class LoRAConfig:
     """Where and how `add_lora` puts low-rank updates.
 
     Attributes:
-        r, alpha, dropout, rslora, init, dtype: see `LoRALinear.from_base`.
+        r, alpha, dropout, rslora, init, dtype, dora: see `LoRALinear.from_base`.
         target: "all-linear", or one or more name patterns (`nybble.formats.match_module`: "q_proj", "*.mlp.*").
         exclude: patterns of layers that get none; by default the head ("lm_head") with "all-linear", else nothing.
+        rank_pattern, alpha_pattern: name pattern -> r or alpha of the layers that match; the first match wins.
+        modules_to_save: patterns of modules that are trained in full, as copies of their own where they are tied.
     """
 
     r: int = 16
@@ -70,15 +72,32 @@ class LoRAConfig:
     rslora: bool = False
     init: str = "kaiming"
     dtype: torch.dtype = torch.float32
+    dora: bool = False
+    rank_pattern: Mapping[str, int] = field(default_factory=dict, hash=False)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict, hash=False)
+    modules_to_save: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_lora_arguments(self.r, self.alpha, self.dropout, self.init)
+        for pattern in self.rank_pattern.keys() | self.alpha_pattern.keys():
+            try:
+                check_lora_arguments(
+                    self.rank_pattern.get(pattern, self.r), self.alpha_pattern.get(pattern, self.alpha), 0.0, self.init
+                )
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"rank_pattern, alpha_pattern: {pattern!r}: {error}") from error
+        object.__setattr__(self, "modules_to_save", _patterns(self.modules_to_save))
         for name in ("target", "exclude"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, value if name == "target" and value == ALL_LINEAR else _patterns(value))
         if not self.target:
             raise ValueError("target is empty; give 'all-linear' or name patterns")
+
+    def for_module(self, name: str) -> tuple[int, float]:
+        """(r, alpha) of the layer `name`."""
+        r = next((v for p, v in self.rank_pattern.items() if match_module(name, p)), self.r)
+        return r, next((v for p, v in self.alpha_pattern.items() if match_module(name, p)), self.alpha)
 
 
 @dataclass(frozen=True)
@@ -260,12 +279,15 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, **options: Any)
     everywhere = ALL_LINEAR in patterns
     excluded = (("lm_head",) if everywhere else ()) if config.exclude is None else config.exclude
     _require_matches("target", tuple(p for p in patterns if p != ALL_LINEAR), layers)
+    _require_matches("rank_pattern", tuple(config.rank_pattern), layers)
+    _require_matches("alpha_pattern", tuple(config.alpha_pattern), layers)
+    full = _modules_to_save(model, config.modules_to_save)
     direct = _read_directly(model)
 
     def wanted(name: str, layer: nn.Module) -> bool:
         if type(layer) not in (QuantLinear, nn.Linear) or name in direct:
             return False  # its weight is, or may be, read directly, past the update
-        if any(match_module(name, pattern) for pattern in excluded):
+        if any(match_module(name, pattern) for pattern in (*excluded, *config.modules_to_save)):
             return False
         return everywhere or any(match_module(name, pattern) for pattern in patterns)
 
@@ -279,11 +301,36 @@ def add_lora(model: nn.Module, config: LoRAConfig | None = None, **options: Any)
         base = layers[name]
         if id(base) not in wrapped:
             wrapped[id(base)] = LoRALinear.from_base(
-                base, config.r, config.alpha, config.dropout, config.rslora, config.init, config.dtype
+                base, *config.for_module(name), config.dropout, config.rslora, config.init, config.dtype, config.dora
             )
         set_module(model, name, wrapped[id(base)])
+    for module in full:
+        train_in_full(module)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return LoRAReport(targets, trainable, count_parameters(model), notes)
+
+
+def _modules_to_save(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Module]:
+    """The outermost modules with these names; PatternError where there is none, TypeError where it is quantized."""
+    found: dict[str, nn.Module] = {}
+    for pattern in patterns:
+        names = [name for name, _ in model.named_modules() if name and match_module(name, pattern)]
+        if not names:
+            raise PatternError(f"modules_to_save: pattern {pattern!r} matches no module of {type(model).__name__}")
+        for name in names:
+            module = model.get_submodule(name)
+            if any(isinstance(inner, QuantLinear) for inner in module.modules()):
+                raise TypeError(f"modules_to_save: {name} is quantized, and cannot be trained in full")
+            found[name] = module
+    return [module for name, module in found.items() if not any(name.startswith(f"{other}.") for other in found)]
+
+
+def train_in_full(module: nn.Module) -> None:
+    """Makes every parameter of `module` trained, and its own: one that is tied to another module's is copied."""
+    for inner in module.modules():
+        for name, parameter in inner._parameters.items():
+            if parameter is not None and parameter.is_floating_point():
+                inner._parameters[name] = nn.Parameter(parameter.detach().clone())
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -361,4 +408,5 @@ __all__ = [
     "count_parameters",
     "quantize_",
     "set_module",
+    "train_in_full",
 ]
