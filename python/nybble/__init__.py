@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import load_adapter, quantize, save_adapter
+    from .checkpoint import combine_adapters, load_adapter, merge, quantize, save_adapter, unmerge
     from .checkpoint.load import load
     from .formats import QuantConfig
     from .introspection import Explanation, active_isa, explain, isas
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "checkpoint": ("load", "load_adapter", "quantize", "save_adapter"),
+    "checkpoint": ("combine_adapters", "load", "load_adapter", "merge", "quantize", "save_adapter", "unmerge"),
     "formats": ("QuantConfig",),
     "introspection": ("Explanation", "active_isa", "explain", "isas"),
     "nn": ("LoRAConfig", "LoRALinear", "LoRAReport", "QuantLinear", "QuantizeReport", "add_lora", "quantize_"),
@@ -44,14 +44,17 @@ __all__ = [
     "TrainReport",
     "active_isa",
     "add_lora",
+    "combine_adapters",
     "explain",
     "finetune",
     "isas",
     "load",
     "load_adapter",
+    "merge",
     "quantize",
     "quantize_",
     "save_adapter",
+    "unmerge",
 ]
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from .combine import combine_adapters
 from .load import load
+from .merging import MergeReport, merge, unmerge
 from .peft import load_adapter, save_adapter
 from .report import CheckpointReport, TensorReport
 from .stream import quantize
@@ -10,10 +12,14 @@ from .writer import StorageFullError
 
 __all__ = [
     "CheckpointReport",
+    "MergeReport",
     "StorageFullError",
     "TensorReport",
+    "combine_adapters",
     "load",
     "load_adapter",
+    "merge",
     "quantize",
     "save_adapter",
+    "unmerge",
 ]

@@ -446,13 +446,13 @@ def _stored_dtype(info: TensorInfo) -> torch.dtype:
     return TORCH_DTYPES[info.dtype]
 
 
-def copy(info: TensorInfo, out: Output) -> dict[str, Any]:
-    """Move a tensor's bytes as they are."""
+def copy(info: TensorInfo, out: Output, name: str | None = None) -> dict[str, Any]:
+    """Move a tensor's bytes as they are, under a new `name` if one is given."""
     raw = torch.empty(min(info.nbytes, out.room), dtype=torch.uint8)
     for start in range(0, info.nbytes, max(1, raw.numel())):
         piece = raw[: min(raw.numel(), info.nbytes - start)]
         read_range(info, start, piece.numpy().data)
-        out.append(info.name, tensor_bytes(piece))
+        out.append(name or info.name, tensor_bytes(piece))
         out.advance(piece.numel())
     return {}
 

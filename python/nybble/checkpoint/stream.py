@@ -102,7 +102,7 @@ def quantize(
         max_memory=None if max_memory is None else int(max_memory),
         restart=restart,
     )
-    with job, _progress(progress, sum(task.nbytes for task in tasks)) as tick:
+    with job, progress_bar(progress, sum(task.nbytes for task in tasks)) as tick:
         metadata = {**{str(k): str(v) for k, v in source.metadata.items()}, "format": "pt"}
         results = job.run(tasks, max_shard_size=int(max_shard_size), metadata=metadata, tick=tick)
         job.commit(files)
@@ -126,7 +126,7 @@ def _stored_options(config: QuantConfig) -> dict[str, Any]:
 
 
 @contextmanager
-def _progress(progress: Progress | bool | None, total: int) -> Iterator[Tick]:
+def progress_bar(progress: Progress | bool | None, total: int) -> Iterator[Tick]:
     done = 0
     if progress is None or progress is False:
         yield lambda count, name: None

@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import demo, doctor, evaluate, finetune, generate, quantize
+from . import demo, doctor, evaluate, finetune, generate, merge, quantize
 
-COMMANDS = (quantize, finetune, evaluate, generate, doctor, demo)
+COMMANDS = (quantize, merge, finetune, evaluate, generate, doctor, demo)
 
 
 def build() -> typer.Typer:
