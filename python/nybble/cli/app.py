@@ -13,9 +13,9 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import demo, doctor, evaluate, finetune, generate, quantize
+from . import demo, doctor, evaluate, export, finetune, generate, import_, quantize
 
-COMMANDS = (quantize, finetune, evaluate, generate, doctor, demo)
+COMMANDS = (quantize, finetune, evaluate, generate, export, import_, doctor, demo)
 
 
 def build() -> typer.Typer:

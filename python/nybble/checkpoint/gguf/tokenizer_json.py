@@ -249,7 +249,7 @@ def tokenizer_files(vocabulary: Vocabulary, context: int) -> dict[str, bytes]:
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, kind in typed if kind == TokenType.USER_DEFINED])
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_prefix_space": False,
+        **({"add_prefix_space": False} if vocabulary.model == BPE else {}),
         **{f"{key}_token": token for key, token in sorted(name.items())},
         "clean_up_tokenization_spaces": False,
         "model_max_length": context,
