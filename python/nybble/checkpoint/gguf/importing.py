@@ -26,7 +26,7 @@ _DTYPES = {
     "float16": ("F16", torch.float16),
     "float32": ("F32", torch.float32),
 }
-_SLAB_ELEMENTS = 1 << 23  # dequantized at a time: 32 MiB of fp32, and as much again inside gguf
+_SLAB_ELEMENTS = 1 << 21  # decoded at a time: 8 MiB of fp32, and a few times that in temporaries
 
 
 def import_gguf(
