@@ -77,19 +77,30 @@ def test_quantized_types_hold_exactly_what_gguf_makes_of_the_weights(case: str, 
     assert torch.equal(logits(write_expected), logits(tmp_path / "back"))
 
 
-def test_quantized_checkpoints_are_decoded_on_the_way(tmp_path: Path) -> None:
-    source = write_model(tmp_path / "model", "llama", dtype=torch.bfloat16)
-    for format in ("nf4", "int8"):
-        quantized = tmp_path / format
-        nybble.quantize(source, quantized, nybble.QuantConfig(format=format))
-        nybble.export_gguf(quantized, tmp_path / f"{format}.gguf", "f32")
-        nybble.import_gguf(tmp_path / f"{format}.gguf", tmp_path / f"{format}-back")
-        model = nybble.load(quantized)
-        after = weights(tmp_path / f"{format}-back")
-        for name, module in model.named_modules():
-            if isinstance(module, nybble.QuantLinear):
-                assert torch.equal(module.dequantize().float(), after[f"{name}.weight"])
-        assert torch.equal(weights(source)["lm_head.weight"].float(), after["lm_head.weight"])
+@pytest.mark.parametrize(
+    "format, block_size, double_quant, slab",
+    [("nf4", 64, True, 1 << 20), ("nf4", 256, True, 100), ("fp4", 4096, False, 100), ("int4", 64, False, 64),
+     ("int8", 64, False, 100)],
+)  # fmt: skip
+def test_quantized_checkpoints_are_decoded_to_fp32(
+    format: str, block_size: int, double_quant: bool, slab: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nybble.checkpoint.gguf.export._SLAB_ELEMENTS", slab)
+    source = write_model(tmp_path / "model", "llama", dtype=torch.bfloat16, intermediate_size=112)
+    config = nybble.QuantConfig(format=format, block_size=block_size, double_quant=double_quant)
+    nybble.quantize(source, tmp_path / "quantized", config)
+    nybble.export_gguf(tmp_path / "quantized", tmp_path / "model.gguf", "f32")
+    nybble.import_gguf(tmp_path / "model.gguf", tmp_path / "back")
+    after = weights(tmp_path / "back")
+    layers = [
+        (n, m) for n, m in nybble.load(tmp_path / "quantized").named_modules() if isinstance(m, nybble.QuantLinear)
+    ]
+    assert len(layers) == 14
+    for name, module in layers:
+        assert torch.equal(module.dequantize(torch.float32), after[f"{name}.weight"])
+    assert torch.equal(weights(source)["lm_head.weight"].float(), after["lm_head.weight"])
+    report = nybble.export_gguf(tmp_path / "quantized", tmp_path / "twice.gguf", "q4_0")
+    assert any("had 4 bits already" in note for note in report.notes) == (format != "int8")
 
 
 def test_slabs_do_not_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -51,8 +52,8 @@ def export_gguf(
     """Write a model directory as one GGUF file that llama.cpp and Ollama run, with its tokenizer and chat template.
 
     The directory may be plain (16 or 32 bits) or quantized in bitsandbytes' layout, 4-bit or int8; such weights are
-    decoded first. Architectures: Llama (SmolLM2 and others of its kind), Mistral, Qwen2, Qwen3. Tensors are converted
-    some rows at a time; a quantized one is decoded whole. The file gets its name only when it is complete.
+    decoded to fp32 first, and rounded once. Architectures: Llama (SmolLM2 and others of its kind), Mistral, Qwen2,
+    Qwen3. Tensors are converted some rows at a time. The file gets its name only when it is complete.
 
     As llama.cpp does: vectors stay F32; under Q4_0 and Q4_1 the output matrix (the embedding, where they are tied) gets
     Q8_0; a matrix whose rows blocks of 32 do not divide gets F16.
@@ -97,8 +98,12 @@ def export_gguf(
         architecture.write_metadata(model, writer)
         vocabulary.write(writer)
 
-    columns = [(plan, _tensor_type(plan, model, TYPES[type][0], report)) for plan in planned]
-    _write(destination, model, columns, tensors, write_metadata, report, progress)
+    if type.startswith("q4") and tensors.is_4bit:
+        report.notes.append(
+            f"the weights had 4 bits already and {type} rounds them again, which loses far more than q8_0"
+        )
+    typed = [(plan, _tensor_type(plan, model, TYPES[type][0], report)) for plan in planned]
+    _write(destination, model, typed, tensors, write_metadata, report, progress)
     return report
 
 
@@ -114,9 +119,6 @@ class _Tensors:
             raise CheckpointError(f"{source.root}: quantized by {method!r}, whose layout nybble does not read")
         self._modules = {f"{module}.weight": module for module in self._groups.quantized}
         self.shapes: dict[str, tuple[int, ...]] = {key: source.tensors[key].shape for key in self._groups.plain}
-        self._dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(
-            str(self.config.get("dtype") or self.config.get("torch_dtype")), torch.float16
-        )
 
     def __contains__(self, name: str) -> bool:
         return name in self.shapes or name in self._modules
@@ -124,16 +126,24 @@ class _Tensors:
     def names(self) -> set[str]:
         return {*self.shapes, *self._modules}
 
+    @property
+    def is_4bit(self) -> bool:
+        return any("SCB" not in members for members in self._groups.quantized.values())
+
     def where(self, name: str) -> str:
         return f"{self.source.tensors[name].path}: tensor {name!r}"
 
     def slabs(self, name: str, shape: tuple[int, ...], step: int) -> Iterator[np.ndarray]:
         """The tensor as fp32 [rows, columns] pieces, each a multiple of `step` rows; a vector is one piece."""
+        if name in self._modules:
+            weight = self._quantized(name, shape)
+            if weight.block_size:  # a slab begins with a block
+                step *= weight.block_size // math.gcd(step * shape[1], weight.block_size)
+            absmax = weight.absmax_float()
         at_once = max(1, _SLAB_ELEMENTS // (step * shape[-1])) * step
         if name in self._modules:
-            whole = self._decode(name, shape)
             for start in range(0, shape[0], at_once):
-                yield whole[start : start + at_once].float().numpy()
+                yield _rows(weight, absmax, start, min(start + at_once, shape[0])).dequantize().numpy()
             return
         info = self.source.tensors[name]
         if info.dtype not in TORCH_DTYPES or not TORCH_DTYPES[info.dtype].is_floating_point:
@@ -149,14 +159,25 @@ class _Tensors:
             )
             yield read_tensor(part).float().numpy()
 
-    def _decode(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        """A quantized weight in the dtype in which the model computes with it."""
+    def _quantized(self, name: str, shape: tuple[int, ...]) -> QuantTensor:
         members = self._groups.quantized[self._modules[name]]
         state = {key: read_tensor(self.source.tensors[member]) for key, member in members.items()}
-        weight = QuantTensor.from_state(state, name=self.where(name), dtype=self._dtype if "SCB" in state else None)
+        weight = QuantTensor.from_state(state, name=self.where(name))
         if weight.shape != shape:
             raise CheckpointError(f"{self.where(name)} has shape {list(weight.shape)}, config.json says {list(shape)}")
-        return weight.dequantize()
+        return weight
+
+
+def _rows(weight: QuantTensor, absmax: torch.Tensor, start: int, stop: int) -> QuantTensor:
+    """Rows [start, stop) of a weight, fp32 when decoded; for 4 bits, `start` is where a block starts."""
+    columns, size = weight.shape[1], weight.block_size
+    if size:
+        packed = weight.packed.reshape(-1)[start * columns // 2 : (stop * columns + 1) // 2].reshape(-1, 1)
+        absmax = absmax[start * columns // size : -(-stop * columns // size)]
+    else:
+        packed, absmax = weight.packed[start:stop], absmax[start:stop]
+    shape = (stop - start, columns)
+    return QuantTensor(packed, absmax, weight.codebook, size, shape, torch.float32, weight.format)
 
 
 def _match(tensors: _Tensors, model: Model) -> list[Planned]:
