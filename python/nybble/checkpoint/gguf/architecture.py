@@ -122,7 +122,10 @@ class Model:
 
 
 def _arch(family: Family) -> Any:
-    return next(arch for arch, name in MODEL_ARCH_NAMES.items() if name == family.gguf_name)
+    found = [arch for arch, name in MODEL_ARCH_NAMES.items() if name == family.gguf_name]
+    if not found:
+        raise CheckpointError(f"the installed gguf does not know {family.gguf_name!r}; a newer one is needed")
+    return found[0]
 
 
 class _Values:
