@@ -299,3 +299,11 @@ def test_a_full_disk_leaves_nothing(limit: int, tmp_path: Path) -> None:
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert sorted(p.name for p in tmp_path.iterdir()) == names
+
+
+def test_a_missing_gguf_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"pip install 'nybble\[hf\]'"):
+        nybble.export_gguf(tmp_path, tmp_path / "model.gguf")
+    with pytest.raises(ImportError, match=r"pip install 'nybble\[hf\]'"):
+        nybble.import_gguf(tmp_path / "model.gguf", tmp_path / "out")

@@ -25,7 +25,7 @@ from .architecture import ROPE_FACTORS, Model, Planned
 from .report import GGUFReport, Progress
 from .tokenizer_json import read_vocabulary
 
-#: What `export_gguf` writes: the type of most matrices, and the number by which a file states it.
+# What `export_gguf` writes: the type of most matrices, and the number by which a file states it.
 TYPES = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
     "f16": (GGMLQuantizationType.F16, LlamaFileType.MOSTLY_F16),
@@ -39,42 +39,16 @@ _LARGEST = {"F16": 65504.0, "Q8_0": 127 * 65504.0, "Q4_0": 8 * 65504.0, "Q4_1": 
 _SLAB_ELEMENTS = 1 << 21  # quantized at a time; gguf's numpy code takes about ten times that in bytes
 
 
-def export_gguf(
+def export(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    type: str = "q8_0",
-    *,
-    name: str | None = None,
-    pre: str | None = None,
-    context: int | None = None,
-    progress: Progress | None = None,
+    type: str,
+    name: str | None,
+    pre: str | None,
+    context: int | None,
+    progress: Progress | None,
 ) -> GGUFReport:
-    """Write a model directory as one GGUF file that llama.cpp and Ollama run, with its tokenizer and chat template.
-
-    The directory may be plain (16 or 32 bits) or quantized in bitsandbytes' layout, 4-bit or int8; such weights are
-    decoded to fp32 first, and rounded once. Architectures: Llama (SmolLM2 and others of its kind), Mistral, Qwen2,
-    Qwen3. Tensors are converted some rows at a time. The file gets its name only when it is complete.
-
-    As llama.cpp does: vectors stay F32; under Q4_0 and Q4_1 the output matrix (the embedding, where they are tied) gets
-    Q8_0; a matrix whose rows blocks of 32 do not divide gets F16.
-
-    Args:
-        src: a Hugging Face directory with config.json and tokenizer.json.
-        dst: the file to write; must not exist.
-        type: "f32", "f16", "bf16", "q8_0", "q4_0" or "q4_1".
-        name: the model's name in the file; by default the directory's.
-        pre: llama.cpp's name of the pre-tokenizer (`tokenizer.ggml.pre`), where it is not one of those told by
-            themselves from tokenizer.json.
-        context: a context length to state instead of the model's, no longer than that.
-        progress: called with (tensors done, tensors in all, name).
-
-    Raises:
-        CheckpointNotFoundError: the directory, its tensors or its tokenizer.json are missing.
-        CheckpointError: a file is damaged; an architecture, feature or tokenizer without a counterpart; a tensor is
-            missing, superfluous, of the wrong shape, or holds NaN, infinity or what the type cannot hold.
-        DestinationExistsError: `dst` exists.
-        StorageFullError: the disk is full; no file is left.
-    """
+    """`nybble.export_gguf`."""
     if type not in TYPES:
         raise ValueError(f"type is {type!r}; allowed are {', '.join(TYPES)}")
     source, destination = open_source(src), Path(dst)

@@ -29,37 +29,15 @@ _DTYPES = {
 _SLAB_ELEMENTS = 1 << 21  # decoded at a time: 8 MiB of fp32, and a few times that in temporaries
 
 
-def import_gguf(
+def import_(
     src: str | os.PathLike[str],
     dst: str | os.PathLike[str],
-    *,
-    dtype: str = "auto",
-    pre: str | None = None,
-    max_shard_size: float = 5e9,
-    progress: Progress | None = None,
+    dtype: str,
+    pre: str | None,
+    max_shard_size: float,
+    progress: Progress | None,
 ) -> GGUFReport:
-    """Write the model and the tokenizer of a GGUF file as a Hugging Face directory: safetensors, config, tokenizer.
-
-    Architectures: llama (Llama, SmolLM2, Mistral, ...), qwen2, qwen3; tensor types: all that the package gguf decodes
-    (F32, F16, BF16, Q4_0, Q4_1, Q8_0, Q5, K-quants, ...). Tensors are decoded some rows at a time, so memory does not
-    grow with the model. The files get their names only when all are complete.
-
-    Args:
-        src: the file.
-        dst: a directory that is new or empty.
-        dtype: "bfloat16", "float16", "float32", or "auto": what most of the file's matrices have if it is one of
-            these, else bfloat16. Only float32 keeps every bit of a quantized type's values.
-        pre: name of the pre-tokenizer, where the file's own is not known here.
-        max_shard_size: bytes; a larger model is written as several files with an index.
-        progress: called with (tensors done, tensors in all, name).
-
-    Raises:
-        CheckpointNotFoundError: there is no such file.
-        CheckpointError: it is damaged; an architecture, tensor type or tokenizer that cannot be converted; tensors that
-            do not fit the architecture. The message names the file and the tensor or key.
-        DestinationExistsError: the destination is a file, or not empty.
-        StorageFullError: the disk is full; no file is left.
-    """
+    """`nybble.import_gguf`."""
     if dtype != "auto" and dtype not in _DTYPES:
         raise ValueError(f"dtype is {dtype!r}; allowed are auto, {', '.join(_DTYPES)}")
     if not max_shard_size > 0:
