@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .checkpoint import combine_adapters, load_adapter, merge, quantize, save_adapter, unmerge
+    from .checkpoint.gguf import GGUFReport, export_gguf, import_gguf
     from .checkpoint.load import load
     from .formats import QuantConfig
     from .introspection import Explanation, active_isa, explain, isas
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "checkpoint": ("combine_adapters", "load", "load_adapter", "merge", "quantize", "save_adapter", "unmerge"),
+    "checkpoint.gguf": ("GGUFReport", "export_gguf", "import_gguf"),
     "formats": ("QuantConfig",),
     "introspection": ("Explanation", "active_isa", "explain", "isas"),
     "nn": ("LoRAConfig", "LoRALinear", "LoRAReport", "QuantLinear", "QuantizeReport", "add_lora", "quantize_"),
@@ -33,6 +35,7 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "Explanation",
+    "GGUFReport",
     "LoRAConfig",
     "LoRALinear",
     "LoRAReport",
@@ -46,7 +49,9 @@ __all__ = [
     "add_lora",
     "combine_adapters",
     "explain",
+    "export_gguf",
     "finetune",
+    "import_gguf",
     "isas",
     "load",
     "load_adapter",

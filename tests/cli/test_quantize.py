@@ -112,7 +112,7 @@ def test_wrong_usage_exits_with_2(nybble: Run, source: Path) -> None:
 def test_help_lists_the_commands(nybble: Run) -> None:
     done = nybble("--help")
     assert done.returncode == 0
-    for command in ("quantize", "finetune", "eval", "generate", "doctor", "demo"):
+    for command in ("quantize", "merge", "unmerge", "combine", "finetune", "eval", "generate", "doctor", "demo"):
         assert command in done.stdout
 
 

@@ -1,45 +1,13 @@
-"""The demo's material: the rotary order of q and k, tensor names, and a held-out book that stays held out."""
+"""The demo's material: the package that it comes from, and a held-out book that stays held out."""
 
 from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from nybble.demo import bible, smollm2
-
-
-def llama_cpp_order(weight: np.ndarray, heads: int) -> np.ndarray:
-    """What llama.cpp's converter does to a q or k projection, row by row: halves of a head become neighbours."""
-    head_dim = weight.shape[0] // heads
-    permuted = np.empty_like(weight)
-    for head in range(heads):
-        for i in range(head_dim // 2):
-            for half in range(2):
-                permuted[head * head_dim + 2 * i + half] = weight[head * head_dim + half * head_dim // 2 + i]
-    return permuted
-
-
-@pytest.mark.parametrize("heads, head_dim, columns", [(1, 2, 3), (3, 8, 5), (9, 64, 4)])
-def test_unpermute_undoes_the_rotary_order(heads: int, head_dim: int, columns: int) -> None:
-    weight = np.arange(heads * head_dim * columns, dtype=np.float32).reshape(heads * head_dim, columns)
-    stored = llama_cpp_order(weight, heads)
-    assert head_dim == 2 or not np.array_equal(stored, weight)
-    assert np.array_equal(smollm2.unpermute_rope(stored, heads), weight)
-
-
-def test_unpermute_refuses_heads_that_do_not_fit() -> None:
-    with pytest.raises(ValueError, match="heads=5 does not divide the 12 rows"):
-        smollm2.unpermute_rope(np.zeros((12, 3)), 5)
-
-
-def test_names_follow_hugging_face() -> None:
-    assert smollm2.hf_name("token_embd.weight") == "model.embed_tokens.weight"
-    assert smollm2.hf_name("blk.12.attn_output.weight") == "model.layers.12.self_attn.o_proj.weight"
-    with pytest.raises(ValueError, match=r"blk\.0\.ssm_a\.weight"):
-        smollm2.hf_name("blk.0.ssm_a.weight")
 
 
 def test_a_missing_or_changed_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""`nybble merge`: an adapter into its base, in 16 bits or quantized again."""
+"""`nybble merge`: an adapter into its base, in 16 bits or quantized again; `nybble unmerge`: out of it."""
 
 from __future__ import annotations
 
@@ -58,6 +58,32 @@ def command(
         console.print(f"note: {note}", markup=False, highlight=False)
 
 
+def take_out(
+    merged: Annotated[Path, typer.Argument(help="A directory of 16- or 32-bit weights that hold the adapter.")],
+    adapter: Annotated[Path, typer.Argument(help="A directory in PEFT's layout.")],
+    out: Annotated[Path, typer.Argument(help="A new or empty directory, or one with an unfinished run.")],
+    max_shard_size: Annotated[str, typer.Option(help="Largest output file, such as 5GB.")] = "5GB",
+    max_memory: Annotated[
+        str | None, typer.Option(help="What the process may take beyond its libraries, such as 512MB.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a core]")] = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in OUT.")] = False,
+) -> None:
+    """Take a merged adapter out again, right up to the rounding of the stored weights."""
+    from rich.console import Console
+
+    from ..checkpoint.merging import unmerge
+
+    result = unmerge(
+        merged, adapter, out, max_shard_size=parse_size(max_shard_size),
+        max_memory=None if max_memory is None else parse_size(max_memory), workers=workers, restart=restart,
+        progress=True,
+    )  # fmt: skip
+    console = Console()
+    console.print(result.table())
+    console.print(f"written to {out}", markup=False, highlight=False, soft_wrap=True)
+
+
 def _perplexity(directory: Path, adapter: Path | None, text: Path, window: int) -> float:
     from ..training.data import to_tokens
     from ..training.evaluate import perplexity
@@ -68,5 +94,6 @@ def _perplexity(directory: Path, adapter: Path | None, text: Path, window: int) 
 
 
 def register(app: typer.Typer) -> None:
-    """Add `nybble merge`."""
+    """Add `nybble merge` and `nybble unmerge`."""
     app.command("merge")(command)
+    app.command("unmerge")(take_out)
