@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .checkpoint import combine_adapters, load_adapter, merge, quantize, save_adapter, unmerge
+    from .checkpoint import combine_adapters, load_adapter, load_into, merge, quantize, save_adapter, unmerge
     from .checkpoint.gguf import GGUFReport, export_gguf, import_gguf
     from .checkpoint.load import load
     from .formats import QuantConfig
@@ -23,7 +23,16 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "checkpoint": ("combine_adapters", "load", "load_adapter", "merge", "quantize", "save_adapter", "unmerge"),
+    "checkpoint": (
+        "combine_adapters",
+        "load",
+        "load_adapter",
+        "load_into",
+        "merge",
+        "quantize",
+        "save_adapter",
+        "unmerge",
+    ),
     "checkpoint.gguf": ("GGUFReport", "export_gguf", "import_gguf"),
     "formats": ("QuantConfig",),
     "introspection": ("Explanation", "active_isa", "explain", "isas"),
@@ -55,6 +64,7 @@ __all__ = [
     "isas",
     "load",
     "load_adapter",
+    "load_into",
     "merge",
     "quantize",
     "quantize_",

@@ -301,6 +301,11 @@ def test_absorb_keeps_what_the_update_does(make: Make, tmp_path: Path) -> None:
                 error = (difference.norm() / exact.get_submodule(path).weight.norm()).item()
                 assert row.error == pytest.approx(error, rel=1e-3)
     assert sum(lost["absorbed"]) < 0.6 * sum(lost["nearest"])
-    nybble.merge(make("plain", dtype=torch.float32), adapter, tmp_path / "from-plain", "int4", absorb=True)
+    nybble.merge(base, adapter, tmp_path / "other", "int4", absorb=True)
+    for settings in ({"onto": make("plain", dtype=torch.float32)}, {}):
+        with pytest.raises(ValueError, match="absorb is for the dequantized weights of a quantized base"):
+            nybble.merge(
+                base if settings else tmp_path / "plain", adapter, tmp_path / "x", "nf4", absorb=True, **settings
+            )
     with pytest.raises(ValueError, match=r"absorb is for a 4-bit result \(nf4, fp4, int4\); to is 'int8'"):
         nybble.merge(base, adapter, tmp_path / "x", "int8", absorb=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .combine import combine_adapters
+from .into import load_into
 from .load import load
 from .merging import MergeReport, merge, unmerge
 from .peft import load_adapter, save_adapter
@@ -18,6 +19,7 @@ __all__ = [
     "combine_adapters",
     "load",
     "load_adapter",
+    "load_into",
     "merge",
     "quantize",
     "save_adapter",

@@ -212,7 +212,7 @@ def load(
         return _load_plain(source, dtype, device)
     model = _skeleton(source.root, dtype)
     names = Names(model)
-    with _Reader(source, device) as reader:
+    with Reader(source, device) as reader:
         _place_quantized(model, names, groups, reader)
         _place_plain(model, names, groups, reader)
     for module in model.modules():
@@ -252,14 +252,14 @@ def _quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-class _Reader:
+class Reader:
     """Tensors of a source by name, each shard opened once."""
 
     def __init__(self, source: Source, device: str | torch.device) -> None:
         self.source, self._device = source, torch.device(device)
         self._handles: dict[Path, Any] = {}
 
-    def __enter__(self) -> _Reader:
+    def __enter__(self) -> Reader:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -277,7 +277,7 @@ class _Reader:
         return f"{self.source.tensors[name].path}: tensor {name!r}"
 
 
-def _place_quantized(model: PreTrainedModel, names: Names, groups: Groups, reader: _Reader) -> None:
+def _place_quantized(model: PreTrainedModel, names: Names, groups: Groups, reader: Reader) -> None:
     from ..nn import QuantLinear
 
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
@@ -314,7 +314,7 @@ def _int8_dtype(members: dict[str, str], model: PreTrainedModel) -> torch.dtype 
     return model.dtype if "SCB" in members and model.dtype.is_floating_point else None
 
 
-def _checked(reader: _Reader, key: str, want: Tensor) -> Tensor:
+def _checked(reader: Reader, key: str, want: Tensor) -> Tensor:
     """A tensor of the file in the model's dtype; the file's own memory where the dtype is right already."""
     value = reader(key)
     if value.shape != want.shape:
@@ -339,7 +339,7 @@ def _places(model: nn.Module) -> list[list[Place]]:
     return list(places.values())
 
 
-def _place_plain(model: PreTrainedModel, names: Names, groups: Groups, reader: _Reader) -> None:
+def _place_plain(model: PreTrainedModel, names: Names, groups: Groups, reader: Reader) -> None:
     """Give every parameter and persistent buffer its tensor; errors list what is missing and what is left over."""
     places = _places(model)
     parameters = {full for shared in places for full, _, _ in shared}
