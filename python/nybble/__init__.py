@@ -10,6 +10,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .integrations import hook as _hook
+
 if TYPE_CHECKING:
     from .checkpoint import combine_adapters, load_adapter, load_into, merge, quantize, save_adapter, unmerge
     from .checkpoint.gguf import GGUFReport, export_gguf, import_gguf
@@ -86,3 +88,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+# transformers learns of nybble's quantizer when a program uses it; nothing is imported for that here.
+_hook.install()

@@ -246,6 +246,11 @@ class QuantConfig:
         return self.format != "int8"
 
     @property
+    def quant_method(self) -> str:
+        """What transformers looks a quantizer up by."""
+        return "nybble"
+
+    @property
     def format_name(self) -> str:
         """The format's name; "custom" for a codebook given as numbers."""
         return self.format if isinstance(self.format, str) else "custom"

@@ -221,6 +221,9 @@ def load(
                 module._buffers[name] = buffer.to(device)
     _load_generation_config(model, source.root)
     model.config._name_or_path = str(directory)
+    block = (source.config() or {}).get("quantization_config")
+    if isinstance(block, dict):
+        model.config.quantization_config = block  # for save_pretrained
     return model.eval()
 
 

@@ -1,0 +1,145 @@
+"""Starting values of LoRA from what quantization lost: LoftQ (arXiv 2310.08659) and PiSSA (arXiv 2404.02948)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PatternError
+from ..tensor import QuantTensor
+from .linear import QuantLinear
+from .lora import LoRALinear
+
+METHODS = ("loftq", "pissa")
+
+# Up to this size an exact decomposition takes under a second; above it a randomized one is used.
+_EXACT = 1024
+
+
+@dataclass(frozen=True)
+class ResidualRow:
+    """What one layer gained.
+
+    Attributes:
+        before: ||W - Wq|| / ||W||, the base as it was, without an update.
+        after: ||W - (Wq' + scaling * B A)|| / ||W||.
+    """
+
+    before: float
+    after: float
+
+
+@torch.no_grad()
+def init_from_residual(
+    model: nn.Module,
+    original: str | os.PathLike[str] | Mapping[str, Tensor],
+    method: str = "loftq",
+    iterations: int = 1,
+) -> dict[str, ResidualRow]:
+    """Set every LoRALinear over a QuantLinear to start near the original weight W instead of at its quantized one.
+
+    "loftq": A and B are the r leading singular directions of W - Wq. With one iteration the base keeps its bytes, so
+    that the adapter goes with any copy of it; each further one first quantizes W - scaling * B A anew, which CHANGES
+    the base: save it with the adapter.
+    "pissa": A and B are the r leading singular directions of W itself, and the base is W - scaling * B A, quantized: it
+    changes always. Training then moves the directions that matter most, and quantization errs on the rest.
+
+    Args:
+        model: with `LoRALinear` layers, as `add_lora` makes them; changed in place.
+        original: the checkpoint directory that the base was quantized from, or {"path.weight": tensor [out, in]}.
+        method: "loftq" or "pissa". iterations: of "loftq", 1 or more; 5 is the paper's.
+
+    Returns:
+        Layer path -> relative error before and after.
+
+    Raises:
+        ValueError: an argument is not allowed, no layer fits, or a weight has another shape; names it.
+        PatternError: `original` lacks a layer's weight.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}; allowed are {', '.join(METHODS)}")
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
+        raise ValueError(f"iterations is {iterations!r}; it must be 1 or more")
+    layers = {
+        path: layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoRALinear) and isinstance(layer.base, QuantLinear)
+    }
+    if not layers:
+        raise ValueError("model has no LoRALinear over a QuantLinear; see nybble.quantize_ and nybble.add_lora")
+    weights = original if isinstance(original, Mapping) else _Checkpoint(original)
+    for path, layer in layers.items():
+        name = f"{path}.weight"
+        if name not in weights:
+            raise PatternError(f"original: there is no weight {name!r}")
+        if layer.dora:
+            raise ValueError(f"{path}: DoRA layers start at their base's norms; residual starts are for plain LoRA")
+    return {path: _init(path, layer, weights[f"{path}.weight"], method, iterations) for path, layer in layers.items()}
+
+
+def _init(path: str, layer: LoRALinear, weight: Tensor, method: str, iterations: int) -> ResidualRow:
+    base = layer.base
+    assert isinstance(base, QuantLinear)
+    exact = weight.float().to(base.weight.device)
+    if tuple(exact.shape) != (base.out_features, base.in_features):
+        want = [base.out_features, base.in_features]
+        raise ValueError(f"original: {path}.weight has shape {list(exact.shape)}; the layer needs {want}")
+    norm = torch.linalg.vector_norm(exact).clamp_min(torch.finfo(torch.float32).tiny)
+
+    def error(update: Tensor | float) -> float:
+        return float(torch.linalg.vector_norm(exact - base.dequantize(torch.float32) - update) / norm)
+
+    before = error(0.0)
+    if method == "pissa":
+        _set_factors(layer, exact)
+        _requantize(base, exact - layer.delta_weight(), path)
+    else:
+        _set_factors(layer, exact - base.dequantize(torch.float32))
+        for _ in range(iterations - 1):
+            _requantize(base, exact - layer.delta_weight(), path)
+            _set_factors(layer, exact - base.dequantize(torch.float32))
+    return ResidualRow(before, error(layer.delta_weight()))
+
+
+def _set_factors(layer: LoRALinear, target: Tensor) -> None:
+    """scaling * B A = the best approximation of `target` of the layer's rank; both factors get the same share of it."""
+    rank = min(layer.r, *target.shape)
+    if min(target.shape) <= _EXACT:
+        u, s, vt = torch.linalg.svd(target, full_matrices=False)
+    else:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u, s, v = torch.svd_lowrank(target, q=min(rank + 16, *target.shape), niter=4)
+        vt = v.T
+    root = (s[:rank] / layer.scaling).sqrt()
+    layer.lora_A.zero_()
+    layer.lora_B.zero_()
+    layer.lora_A[:rank] = root[:, None] * vt[:rank]
+    layer.lora_B[:, :rank] = u[:, :rank] * root
+
+
+def _requantize(base: QuantLinear, weight: Tensor, path: str) -> None:
+    tensor = QuantTensor.quantize(weight.to(base.dtype), base.config, f"{path}.weight")
+    base.load_quant_tensor(tensor)
+
+
+class _Checkpoint(Mapping[str, Tensor]):
+    """A checkpoint directory's tensors, each read when it is asked for."""
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        from ..checkpoint.files import open_source, read_tensor
+
+        self._source, self._read = open_source(directory), read_tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._read(self._source.tensors[name])
+
+    def __iter__(self):  # type: ignore[no-untyped-def]
+        return iter(self._source.tensors)
+
+    def __len__(self) -> int:
+        return len(self._source.tensors)
