@@ -80,7 +80,7 @@ test-sanitize: $(VENV)/.native $(VENV)/.test
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		PYTHONPATH=build/sanitize-site:$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))") \
 		$$($(BIN)/python -c "import sys; print(sys._base_executable)") -m pytest -p no:cacheprovider \
-		tests/kernels tests/codec $(PYTEST_ARGS)
+		tests/kernels tests/codec tests/checkpoint/test_fuzz_reading.py $(PYTEST_ARGS)
 
 test-arm: $(VENV)/.native
 	@command -v $(ARM_CXX) > /dev/null && test -n "$(QEMU)" || \

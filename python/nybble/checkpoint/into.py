@@ -132,6 +132,8 @@ class _Plan:
             self.taken.add(name)
             self.given.add(name)
             owner, leaf = places[0]
+            if isinstance(owner, QuantLinear) and leaf == "weight":
+                raise CheckpointError(f"{self.reader.where(name)} is not quantized, but the module has a QuantLinear")
             old = _own(owner, leaf)
             value = self.reader(name)
             if value.shape != old.shape:
