@@ -111,10 +111,16 @@ class NybbleQuantizer(HfQuantizer):
             return model
         self._device_map = kwargs.get("device_map")
         self._files = [Path(name) for name in kwargs.get("checkpoint_files") or ()]
-        if not self._files:
-            raise CheckpointError("transformers did not say which files it loads; use nybble.load(directory)")
         from ..checkpoint.bnb import group
-        from ..checkpoint.files import read_header
+        from ..checkpoint.files import open_source, read_header
+
+        if not self._files:  # transformers 4 does not say which files it loads
+            directory = Path(str(getattr(model.config, "_name_or_path", "")))
+            if not directory.is_dir():
+                raise CheckpointError(
+                    f"{directory}: transformers 4 needs a local directory; or use nybble.load(directory)"
+                )
+            self._files = open_source(directory).shards
         from ..checkpoint.load import Names
 
         tensors = {name: info for path in self._files for name, info in read_header(path)[0].items()}
