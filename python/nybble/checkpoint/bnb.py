@@ -15,7 +15,7 @@ from ..errors import CheckpointError
 from ..formats import QuantConfig
 from .writer import Slot
 
-_QUANT_STATE = re.compile(r"^(?P<base>(?:.*\.)?weight)\.quant_state\.(?P<writer>bitsandbytes|nybble)__(?P<format>\w+)$")
+_QUANT_STATE = re.compile(r"^(?P<base>.+?)\.quant_state\.(?P<writer>bitsandbytes|nybble)__(?P<format>\w+)$")
 _PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
 _BNB_4BIT = ("nf4", "fp4")
 TEXT_LIMIT = 512  # bytes; the JSON of a quant_state takes about 200
@@ -27,11 +27,13 @@ class Groups:
     """Keys of a state dict sorted by what they belong to.
 
     `quantized` maps a module path ("" for a bare weight) to {key inside the module: key in the state dict}, for 4-bit
-    and int8 weights alike; `plain` lists every other key.
+    and int8 weights alike. `others` maps the full name of a packed parameter that is not called `weight` (the experts
+    of a mixture) to the same, with "weight" standing for its name. `plain` lists every other key.
     """
 
     quantized: dict[str, dict[str, str]] = field(default_factory=dict)
     plain: list[str] = field(default_factory=list)
+    others: dict[str, dict[str, str]] = field(default_factory=dict)
 
 
 def module_of(key: str) -> str:
@@ -64,15 +66,16 @@ def group(keys: Iterable[str], where: str = "state dict") -> Groups:
         if match is None:
             continue
         base = match["base"]
-        module = module_of(base)
-        if module in groups.quantized:
+        whole = base == "weight" or base.endswith(".weight")
+        target, module = (groups.quantized, module_of(base)) if whole else (groups.others, base)
+        if module in target:
             raise CheckpointError(f"{where}: tensor {base!r} has more than one quant_state")
         if base not in known or f"{base}.absmax" not in known:
             missing = base if base not in known else f"{base}.absmax"
             raise CheckpointError(f"{where}: tensor {missing!r} is missing beside {key!r}")
-        members = {key[len(prefix_of(module)) :]: key, "weight": base}
+        members = {f"weight{key[len(base) :]}": key, "weight": base}
         members.update({f"weight.{part}": f"{base}.{part}" for part in _PARTS if f"{base}.{part}" in known})
-        groups.quantized[module] = members
+        target[module] = members
         used.update(members.values())
     for key in names:
         if key in used or (key != "SCB" and not key.endswith(".SCB")):

@@ -208,12 +208,13 @@ def load(
     if not source.is_directory:
         raise CheckpointError(f"{directory}: a directory with config.json is needed, this is a file")
     groups = group(source.tensors, str(directory))
-    if not groups.quantized:
+    if not groups.quantized and not groups.others:
         return _load_plain(source, dtype, device)
     model = _skeleton(source.root, dtype)
     names = Names(model)
     with Reader(source, device) as reader:
         _place_quantized(model, names, groups, reader)
+        _place_others(model, names, groups, reader)
         _place_plain(model, names, groups, reader)
     for module in model.modules():
         for name, buffer in module._buffers.items():
@@ -312,6 +313,23 @@ def _place_quantized(model: PreTrainedModel, names: Names, groups: Groups, reade
     groups.plain = [key for key in groups.plain if key not in bias_keys]
 
 
+def _place_others(model: PreTrainedModel, names: Names, groups: Groups, reader: Reader) -> None:
+    """Packed parameters that are no linear layer's weight: the experts of a mixture."""
+    from ..nn.experts import keep_packed
+
+    known = dict(model.named_parameters())
+    for name, members in groups.others.items():
+        where = reader.where(members["weight"])
+        path = names.resolve(name, known)
+        if path is None:
+            raise CheckpointError(f"{where} is quantized, but the model {type(model).__name__} has no such parameter")
+        tensor = QuantTensor.from_state({key: reader(key_of) for key, key_of in members.items()}, name=where)
+        if tuple(tensor.shape) != tuple(known[path].shape):
+            raise CheckpointError(f"{where} has shape {list(tensor.shape)}, the model wants {list(known[path].shape)}")
+        owner, _, leaf = path.rpartition(".")
+        keep_packed(model.get_submodule(owner), leaf, tensor, known[path].dtype)
+
+
 def _int8_dtype(members: dict[str, str], model: PreTrainedModel) -> torch.dtype | None:
     """The int8 layout does not say what a weight was; the model does."""
     return model.dtype if "SCB" in members and model.dtype.is_floating_point else None
@@ -334,7 +352,7 @@ def _places(model: nn.Module) -> list[list[Place]]:
 
     places: dict[int, list[Place]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, QuantLinear):
+        if isinstance(module, QuantLinear) or ".parametrizations." in f".{path}.":
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None:
@@ -346,7 +364,7 @@ def _place_plain(model: PreTrainedModel, names: Names, groups: Groups, reader: R
     """Give every parameter and persistent buffer its tensor; errors list what is missing and what is left over."""
     places = _places(model)
     parameters = {full for shared in places for full, _, _ in shared}
-    buffers = dict(model.named_buffers())
+    buffers = {name: b for name, b in model.named_buffers() if ".parametrizations." not in f".{name}"}
     known = parameters | buffers.keys()
     values: dict[str, Tensor] = {}
     unexpected = []

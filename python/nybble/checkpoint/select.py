@@ -83,8 +83,8 @@ def _refuse_quantized(source: Source) -> None:
     if method is not None and not (method in _FP8_METHODS and fp8 and not packed):
         raise CheckpointError(f"{source.root / 'config.json'}: the checkpoint is already quantized (by {method})")
     groups = group(source.tensors, str(source.root))
-    if groups.quantized:
-        key = next(iter(groups.quantized.values()))["weight"]
+    if groups.quantized or groups.others:
+        key = next(iter({**groups.quantized, **groups.others}.values()))["weight"]
         raise CheckpointError(f"{source.tensors[key].path}: tensor {key!r} is already quantized")
 
 
