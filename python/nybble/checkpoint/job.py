@@ -252,7 +252,8 @@ class Job:
         _check_free(self.destination)
         self._journal = Journal(self.destination)
         try:
-            _check_free(self.destination, begun=self._journal.identity is not None)
+            if self._journal.identity is None:
+                _check_free(self.destination)
             self._adopt()
         except BaseException:
             self._journal.__exit__(None, None, None)
@@ -569,23 +570,15 @@ def _ours(directory: Path) -> list[Path]:
     return found + [p for p in (directory / JOURNAL_NAME,) if p.is_file()]
 
 
-def _check_free(destination: Path, begun: bool = False) -> None:
-    """Refuse a directory with files of anybody else's in it."""
-    ours = set(_ours(destination))
-    if destination / JOURNAL_NAME in ours and (begun or (destination / JOURNAL_NAME).stat().st_size):
-        return  # the end of an unfinished run may have given some files their names already
-    others = sorted(p.name for p in destination.iterdir() if p not in ours and not _only_ours(p, ours))
+def _check_free(destination: Path) -> None:
+    """Refuse a directory with files of anybody else's in it; a journal with records is an unfinished run's."""
+    journal = destination / JOURNAL_NAME
+    if journal.is_file() and journal.stat().st_size:
+        return
+    others = sorted(path.name for path in destination.iterdir() if path != journal)
     if others:
         listed = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
         raise DestinationExistsError(f"{destination}: the destination exists and is not empty ({listed})")
-
-
-def _only_ours(folder: Path, ours: set[Path]) -> bool:
-    return (
-        folder.is_dir()
-        and any(folder in path.parents for path in ours)
-        and {p for p in folder.rglob("*") if p.is_file()} <= ours
-    )
 
 
 def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
