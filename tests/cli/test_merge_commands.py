@@ -48,7 +48,8 @@ def test_merge_unmerge_combine(run: Run, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT)
     status, out, err = run(
         "merge", quantized, tmp_path / "a", tmp_path / "merged", "--to", "nf4", "--absorb",
-        "--report", tmp_path / "r.json", "--text", tmp_path / "text.txt", "--window", 64, "--max-memory", "200MB", "--workers", 1,
+        "--report", tmp_path / "r.json", "--text", tmp_path / "text.txt",
+        "--window", 64, "--max-memory", "200MB", "--workers", 1,
     )  # fmt: skip
     assert status == 0, err
     for text in ("merged weights", "14", "nf4", "mean error after quantizing again", "perplexity, merged"):
