@@ -124,23 +124,56 @@ def rounded(values: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(gguf.dequantize(gguf.quantize(rows, kind), kind).copy()).reshape(values.shape)
 
 
-@pytest.mark.parametrize("type, count", [("f16", 10), ("q8_0", 5)])
-def test_smollm2_answers_alike(type: str, count: int, serve: Callable[[Path], Ask], smol: Path, tmp_path: Path) -> None:
-    nybble.export_gguf(smol, tmp_path / "model.gguf", type)
+QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+
+
+def test_smollm2_answers_alike(serve: Callable[[Path], Ask], smol: Path, tmp_path: Path) -> None:
+    nybble.export_gguf(smol, tmp_path / "model.gguf", "f16")
     ask = serve(tmp_path / "model.gguf")
     model = transformers.AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32).eval()
-    if type == "q8_0":  # llama.cpp multiplies 8-bit weights with activations that it has rounded to Q8_0 as well
-        for module in model.modules():
-            if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
-                module.weight.data = rounded(module.weight.data)
-            if isinstance(module, torch.nn.Linear):
-                module.register_forward_pre_hook(lambda module, given: (rounded(given[0]),))
     tokenizer = transformers.AutoTokenizer.from_pretrained(smol)
-    messages = [{"role": "user", "content": "What is the capital of France?"}]
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
-        expected = model.generate(ids, do_sample=False, max_new_tokens=count)[0, ids.shape[1] :].tolist()
-    answer = ask("/completion", {"prompt": text, "n_predict": count, **GREEDY})
+        expected = model.generate(ids, do_sample=False, max_new_tokens=10)[0, ids.shape[1] :].tolist()
+    answer = ask("/completion", {"prompt": text, "n_predict": 10, **GREEDY})
     assert answer["tokens"] == expected
-    assert "Paris" in answer["content"] or type == "q8_0"
+    assert "Paris" in answer["content"]
+
+
+def test_smollm2_in_q8_0_loses_what_q8_0_loses(serve: Callable[[Path], Ask], smol: Path, tmp_path: Path) -> None:
+    """llama.cpp rounds the activations of 8-bit weights to Q8_0 too, by rules that depend on the processor.
+
+    So its answer is not one sequence of tokens on every machine (two first tokens of this one lie 0.1 nats apart), but
+    it is no further from fp32's than a computation in torch with the same two roundings, up to a factor of two.
+    """
+    nybble.export_gguf(smol, tmp_path / "model.gguf", "q8_0")
+    ask = serve(tmp_path / "model.gguf")
+    model = transformers.AutoModelForCausalLM.from_pretrained(smol, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smol)
+    prompts = [
+        tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True),
+        "In the beginning God created the heaven and the",
+        "The capital of France is",
+    ]
+
+    def predict() -> list[torch.Tensor]:
+        ids = [tokenizer(prompt, return_tensors="pt").input_ids for prompt in prompts]
+        with torch.no_grad():
+            return [torch.log_softmax(model(row).logits[0, -1], -1) for row in ids]
+
+    exact = predict()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, torch.nn.Embedding)):
+            module.weight.data = rounded(module.weight.data)
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, given: (rounded(given[0]),))
+    simulated = predict()
+    squares = torch.zeros(2)
+    for prompt, fp32, q8_0 in zip(prompts, exact, simulated, strict=True):
+        given = log_probabilities(ask, tokenizer(prompt).input_ids)
+        assert given is not None and len(given) > 300
+        tokens = torch.tensor(list(given))
+        answers = torch.stack([torch.tensor(list(given.values())), q8_0[tokens]])
+        squares += (answers - fp32[tokens]).square().mean(1)
+    assert squares[0].sqrt() < 2 * squares[1].sqrt()
