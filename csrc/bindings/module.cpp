@@ -95,7 +95,7 @@ BlockScales block_scales(Address absmax, Address nested_absmax, Address nested_m
 }
 
 void quantize_4bit(Address x, int dtype, int64_t count, int64_t block_size, Address codebook, int search,
-                   Address packed, Address absmax, int threads) {
+                   Address importance, int64_t columns, Address packed, Address absmax, int threads) {
   Quantize4Args args;
   args.x = pointer<const void>(x);
   args.dtype = static_cast<DType>(dtype);
@@ -103,6 +103,8 @@ void quantize_4bit(Address x, int dtype, int64_t count, int64_t block_size, Addr
   args.block_size = block_size;
   args.codebook = pointer<const float>(codebook);
   args.search = static_cast<Search>(search);
+  args.importance = pointer<const float>(importance);
+  args.columns = columns;
   args.packed = pointer<uint8_t>(packed);
   args.absmax = pointer<float>(absmax);
   args.threads = threads;
@@ -173,6 +175,25 @@ void dequantize_int8(Address q, Address absmax, int64_t rows, int64_t cols, Addr
   args.dtype = static_cast<DType>(dtype);
   args.threads = threads;
   run(&KernelTable::dequantize_int8, args);
+}
+
+// order = 0: columns as they are; codebook = 0: int8.
+template <Status (*KernelTable::*Entry)(const RoundArgs&)>
+void round_with(Address target, int64_t rows, int64_t cols, Address matrix, Address order, Address absmax,
+                Address codebook, int64_t block_size, int sweeps, Address codes, int threads) {
+  RoundArgs args;
+  args.target = pointer<const float>(target);
+  args.rows = rows;
+  args.cols = cols;
+  args.matrix = pointer<const float>(matrix);
+  args.order = pointer<const int32_t>(order);
+  args.absmax = pointer<const float>(absmax);
+  args.codebook = pointer<const float>(codebook);
+  args.block_shift = log2_of(block_size);
+  args.sweeps = sweeps;
+  args.codes = pointer<uint8_t>(codes);
+  args.threads = threads;
+  run(Entry, args);
 }
 
 // The addresses and sizes of a weight as one object; whoever calls keeps the tensors alive.
@@ -341,7 +362,14 @@ PYBIND11_MODULE(_core, m) {
   m.def("set_active_isa", &set_active_isa, py::arg("name"));
   m.def("force_kernel", &force_kernel, py::arg("name"));
   m.def("quantize_4bit", &quantize_4bit, py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("block_size"),
-        py::arg("codebook"), py::arg("search"), py::arg("packed"), py::arg("absmax"), py::arg("threads"));
+        py::arg("codebook"), py::arg("search"), py::arg("importance"), py::arg("columns"), py::arg("packed"),
+        py::arg("absmax"), py::arg("threads"));
+  m.def("round_feedback", &round_with<&KernelTable::round_feedback>, py::arg("target"), py::arg("rows"),
+        py::arg("cols"), py::arg("matrix"), py::arg("order"), py::arg("absmax"), py::arg("codebook"),
+        py::arg("block_size"), py::arg("sweeps"), py::arg("codes"), py::arg("threads"));
+  m.def("round_descent", &round_with<&KernelTable::round_descent>, py::arg("target"), py::arg("rows"), py::arg("cols"),
+        py::arg("matrix"), py::arg("order"), py::arg("absmax"), py::arg("codebook"), py::arg("block_size"),
+        py::arg("sweeps"), py::arg("codes"), py::arg("threads"));
   m.def("dequantize_4bit", &dequantize_4bit, py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),
         py::arg("nested_map"), py::arg("nested_offset"), py::arg("nested_block_size"), py::arg("codebook"),
         py::arg("block_size"), py::arg("count"), py::arg("out"), py::arg("dtype"), py::arg("threads"));

@@ -49,7 +49,10 @@ Status check(const Quantize4Args& args) {
       {in_range(args.count, 0, kMaxElements, "count"), valid_dtype(args.dtype, "dtype"), block_size_ok(args.block_size),
        non_null(args.x, args.count, "x"), non_null(args.codebook, 1, "codebook"),
        non_null(args.packed, args.count, "packed"), non_null(args.absmax, args.count, "absmax"),
-       in_range(static_cast<int64_t>(args.search), 0, 1, "search"), in_range(args.threads, 1, 4096, "threads")});
+       in_range(static_cast<int64_t>(args.search), 0, 3, "search"), in_range(args.threads, 1, 4096, "threads"),
+       args.search == Search::importance
+           ? first({in_range(args.columns, 1, kMaxElements, "columns"), non_null(args.importance, 1, "importance")})
+           : success()});
 }
 
 Status check(const Dequantize4Args& args) {
@@ -84,6 +87,21 @@ Status check(const DequantizeRowsArgs& args) {
                 valid_dtype(args.dtype, "dtype"), non_null(args.source.q, count, "q"),
                 non_null(args.source.absmax, args.rows, "absmax"), non_null(args.out, count, "out"),
                 in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const RoundArgs& args) {
+  constexpr int64_t kMaxColumns = INT32_MAX;  // an order is of 32-bit numbers
+  const int64_t count = args.rows > 0 && args.cols > 0 ? 1 : 0;
+  const Status found = first({in_range(args.rows, 0, kMaxColumns, "rows"), in_range(args.cols, 0, kMaxColumns, "cols"),
+                              block_size_ok(int64_t{1} << args.block_shift),
+                              in_range(args.sweeps, 0, 1000000, "sweeps"), non_null(args.target, count, "target"),
+                              non_null(args.matrix, count, "matrix"), non_null(args.absmax, count, "absmax"),
+                              non_null(args.codes, count, "codes"), in_range(args.threads, 1, 4096, "threads")});
+  if (!found.ok() || args.order == nullptr) return found;
+  for (int64_t p = 0; p < args.cols; ++p) {
+    if (args.order[p] < 0 || args.order[p] >= args.cols) return bad_argument("order", args.order[p]);
+  }
+  return success();
 }
 
 Status check(const LinearArgs& args) {

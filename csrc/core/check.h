@@ -11,6 +11,7 @@ Status check(const Quantize8Args& args);
 Status check(const Dequantize8Args& args);
 Status check(const QuantizeRowsArgs& args);
 Status check(const DequantizeRowsArgs& args);
+Status check(const RoundArgs& args);
 Status check(const LinearArgs& args);
 
 }  // namespace nybble

@@ -8,7 +8,9 @@
 
 namespace nybble {
 
-enum class Search : int32_t { absmax = 0, mse = 1 };
+// How the scale of a block is found: its largest magnitude; or the scale of least squared error, every error weighted
+// alike (mse), by the square of the value itself (square), or by the importance of its column.
+enum class Search : int32_t { absmax = 0, mse = 1, square = 2, importance = 3 };
 
 struct Quantize4Args {
   const void* x = nullptr;  // [count], contiguous
@@ -17,6 +19,8 @@ struct Quantize4Args {
   int64_t block_size = 64;
   const float* codebook = nullptr;  // [16], any order
   Search search = Search::absmax;
+  const float* importance = nullptr;  // [columns], not negative, for Search::importance: of element i, i % columns
+  int64_t columns = 0;
   uint8_t* packed = nullptr;  // out [ceil(count / 2)]
   float* absmax = nullptr;    // out [ceil(count / block_size)]
   int threads = 1;
@@ -105,6 +109,26 @@ struct LinearArgs {
   int64_t columns() const { return grad_input ? weight.cols : weight.rows; }
 };
 
+// Data-aware rounding of target [rows, cols] to codes whose scales are given. Columns are taken in an order: position p
+// of it is column order[p], and `matrix` is in that order.
+struct RoundArgs {
+  const float* target = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  // [cols, cols]. round_feedback: U, upper triangular, U^T U = H^-1. round_descent: H, symmetric. Its diagonal is not
+  // 0.
+  const float* matrix = nullptr;
+  const int32_t* order = nullptr;   // [cols], a permutation; null: as they are
+  const float* absmax = nullptr;    // 4 bits: [ceil(rows * cols / block)]; int8: [rows]
+  const float* codebook = nullptr;  // [16], any order; null: int8
+  int block_shift = 6;
+  int sweeps = 1;  // round_descent: over all columns, at most
+  // [rows, cols], one byte a code, an index into the codebook or an int8. round_feedback writes it, round_descent
+  // starts from what is there.
+  uint8_t* codes = nullptr;
+  int threads = 1;
+};
+
 struct KernelTable {
   const char* isa;
   bool bf16_dot;  // bf16 activations are multiplied as bf16 pairs with fp32 accumulation
@@ -114,6 +138,8 @@ struct KernelTable {
   Status (*dequantize_8bit)(const Dequantize8Args&);
   Status (*quantize_int8)(const QuantizeRowsArgs&);
   Status (*dequantize_int8)(const DequantizeRowsArgs&);
+  Status (*round_feedback)(const RoundArgs&);
+  Status (*round_descent)(const RoundArgs&);
   Status (*linear_small_m)(const LinearArgs&);
   Status (*linear_panel)(const LinearArgs&);
   Status (*linear_tiles)(const LinearArgs&);      // null where the ISA has no matrix unit; bf16 only

@@ -126,29 +126,54 @@ static inline uint32_t block_magnitude(const T* x, int64_t count) {
   return bits_of(to_float(T{static_cast<uint16_t>(reduce_max(lanes))}));
 }
 
-// `count` elements of x count; the rest of the strip is padded with zeros.
+// What the errors of a block count whose first element is the tensor's element `first`; null: all alike.
+static inline const float* weights_of(const Quantize4Args& args, const float* values, float absmax, int64_t first,
+                                      int64_t count, int64_t padded, float* weights) {
+  if (args.search == Search::mse) return nullptr;
+  if (args.search == Search::square) {
+    const F32 reciprocal = broadcast(1.0F / absmax);
+    for (int64_t i = 0; i < padded; i += kLanes) {
+      const F32 s = mul(load(values + i), reciprocal);
+      store(weights + i, mul(s, s));
+    }
+    return weights;
+  }
+  int64_t column = first % args.columns;
+  for (int64_t i = 0; i < count; ++i) {
+    weights[i] = args.importance[column];
+    if (++column == args.columns) column = 0;
+  }
+  for (int64_t i = count; i < padded; ++i) weights[i] = 0.0F;
+  return weights;
+}
+
+// `count` elements of x count, the first of them the tensor's element `first`; the rest of the strip is padded with
+// zeros.
 template <class T>
-static void search_scales(const T* x, int64_t count, const Quantize4Job& job, Strip* strip) {
+static void search_scales(const T* x, int64_t count, int64_t first, const Quantize4Job& job, Strip* strip) {
   alignas(64) float values[kMaxBlock];
+  alignas(64) float weights[kMaxBlock];
   const float code_of_zero = job.sorted.code[job.sorted.zero_rank];
   for (int64_t block = 0; block < strip->blocks; ++block) {
     const int64_t start = block * strip->block_size;
     const int64_t here = smaller(strip->block_size, count - start);
     to_floats(x + start, strip->block_size, values);
+    float* scale = strip->scale + block;
+    const float* weight = weights_of(*job.args, values, *scale, first + start, here, strip->block_size, weights);
 #ifdef NYBBLE_BUCKETS
     if (job.bucketed) {
-      strip->scale[block] = search_mse(values, here, strip->block_size, strip->scale[block], job.buckets, code_of_zero);
+      *scale = search_mse(values, weight, here, strip->block_size, *scale, job.buckets, code_of_zero);
       continue;
     }
 #endif
-    strip->scale[block] =
-        search_mse(values, here, strip->block_size, strip->scale[block], codes_by_rank(job.sorted), code_of_zero);
+    *scale = search_mse(values, weight, here, strip->block_size, *scale, codes_by_rank(job.sorted), code_of_zero);
   }
 }
 
 // False: a value is not finite, in the block that strip->blocks then says.
 template <class T>
-static inline bool quantize_strip(const T* x, int64_t count, const Quantize4Job& job, Strip* strip, uint8_t* packed) {
+static inline bool quantize_strip(const T* x, int64_t count, int64_t first, const Quantize4Job& job, Strip* strip,
+                                  uint8_t* packed) {
   for (int64_t block = 0; block < strip->blocks; ++block) {
     const uint32_t magnitude = block_magnitude(x + block * strip->block_size, strip->block_size);
     strip->scale[block] = absmax_of(magnitude);
@@ -157,7 +182,7 @@ static inline bool quantize_strip(const T* x, int64_t count, const Quantize4Job&
       return false;
     }
   }
-  if (job.args->search == Search::mse) search_scales(x, count, job, strip);
+  if (job.args->search != Search::absmax) search_scales(x, count, first, job, strip);
   invert_scales(strip);
   pack_strip(x, job, strip, packed);
   return true;
@@ -165,14 +190,15 @@ static inline bool quantize_strip(const T* x, int64_t count, const Quantize4Job&
 
 // The last block of a tensor whose size is no multiple of the block size.
 template <class T>
-static bool quantize_partial_block(const T* x, int64_t count, const Quantize4Job& job, Strip* strip, uint8_t* packed) {
+static bool quantize_partial_block(const T* x, int64_t count, int64_t first, const Quantize4Job& job, Strip* strip,
+                                   uint8_t* packed) {
   alignas(64) T values[kMaxBlock];
   alignas(64) uint8_t bytes[kMaxBlock / 2];
   strip->blocks = 1;
   strip->block_size = divide_up(count, 32) * 32;
   memcpy(static_cast<void*>(values), x, static_cast<size_t>(count) * sizeof(T));
   memset(static_cast<void*>(values + count), 0, static_cast<size_t>(strip->block_size - count) * sizeof(T));
-  if (!quantize_strip(values, count, job, strip, bytes)) return false;
+  if (!quantize_strip(values, count, first, job, strip, bytes)) return false;
   memcpy(packed, bytes, static_cast<size_t>(divide_up(count, 2)));
   return true;
 }
@@ -191,8 +217,8 @@ static void quantize_blocks(const Quantize4Job& job, int64_t first, int64_t last
     uint8_t* packed = args.packed + start / 2;
     strip.blocks = smaller(together, smaller(last, whole) - block);
     strip.block_size = args.block_size;
-    const bool finite = strip.blocks > 0 ? quantize_strip(x, strip.blocks * args.block_size, job, &strip, packed)
-                                         : quantize_partial_block(x, args.count - start, job, &strip, packed);
+    const bool finite = strip.blocks > 0 ? quantize_strip(x, strip.blocks * args.block_size, start, job, &strip, packed)
+                                         : quantize_partial_block(x, args.count - start, start, job, &strip, packed);
     if (!finite) return job.failure->report_block(block + strip.blocks);
     memcpy(args.absmax + block, strip.scale, static_cast<size_t>(strip.blocks) * sizeof(float));
     block += strip.blocks;

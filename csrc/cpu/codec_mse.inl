@@ -76,10 +76,22 @@ struct Candidates {
   alignas(64) float norm[kCandidates + 15];  // <c, c>     fp32's range
 };
 
+// What each element's error counts.
+struct AllAlike {
+  F32 of_one(int64_t, F32 v) const { return v; }
+  F32 of_lanes(int64_t, F32 v) const { return v; }
+};
+struct Weighed {
+  const float* weight;  // [padded], 0 where x is padded
+
+  F32 of_one(int64_t i, F32 v) const { return mul(broadcast(weight[i]), v); }
+  F32 of_lanes(int64_t i, F32 v) const { return mul(load(weight + i), v); }
+};
+
 // Candidates 1 to 32 side by side in lanes, one value of x at a time: no sum across lanes. Candidate 0 the other way.
-template <class Codes>
-static inline void sum_candidates(const float* x, int64_t count, int64_t padded, float absmax, const Codes& codes,
-                                  float norm_of_padding, Candidates* sums) {
+template <class Codes, class Weights>
+static inline void sum_candidates(const float* x, const Weights& weights, int64_t count, int64_t padded, float absmax,
+                                  const Codes& codes, float norm_of_padding, Candidates* sums) {
   alignas(64) float scale[kCandidates - 1];
   for (int i = 0; i < kCandidates - 1; ++i) scale[i] = absmax * factor_of(i + 1);
   F32 by[kCandidateVectors], dot[kCandidateVectors], norm[kCandidateVectors];
@@ -92,8 +104,9 @@ static inline void sum_candidates(const float* x, int64_t count, int64_t padded,
     for (int v = 0; v < kCandidateVectors; ++v) {
       const F32 s = mul(value, by[v]);
       const F32 code = codes.at(s);
-      dot[v] = fma(s, code, dot[v]);
-      norm[v] = fma(code, code, norm[v]);
+      const F32 weighed = weights.of_one(i, code);
+      dot[v] = fma(s, weighed, dot[v]);
+      norm[v] = fma(code, weighed, norm[v]);
     }
   }
   for (int v = 0; v < kCandidateVectors; ++v) {
@@ -106,8 +119,9 @@ static inline void sum_candidates(const float* x, int64_t count, int64_t padded,
   for (int64_t i = 0; i < padded; i += kLanes) {
     const F32 s = mul(load(x + i), whole);
     const F32 code = codes.at(s);
-    first_dot = fma(s, code, first_dot);
-    first_norm = fma(code, code, first_norm);
+    const F32 weighed = weights.of_lanes(i, code);
+    first_dot = fma(s, weighed, first_dot);
+    first_norm = fma(code, weighed, first_norm);
   }
   sums->dot[0] = sum(first_dot);
   sums->norm[0] = sum(first_norm) - norm_of_padding;
@@ -115,14 +129,18 @@ static inline void sum_candidates(const float* x, int64_t count, int64_t padded,
 
 // The scale of least squared error, x padded with zeros to a multiple of kLanes. For each of 33 candidate scales the
 // codes c are picked by the rule; given them the best scale is <x, c> / <c, c> and the error
-// |x|^2 - <x, c>^2 / <c, c>.
+// |x|^2 - <x, c>^2 / <c, c>, all products weighed by `weight` [padded] unless that is null.
 template <class Codes>
-static float search_mse(const float* x, int64_t count, int64_t padded, float absmax, const Codes& codes,
-                        float code_of_zero) {
+static float search_mse(const float* x, const float* weight, int64_t count, int64_t padded, float absmax,
+                        const Codes& codes, float code_of_zero) {
   Candidates sums;
-  // A codebook without 0 gives the padding codes that are not 0; they must not count.
-  const float norm_of_padding = static_cast<float>(padded - count) * code_of_zero * code_of_zero;
-  sum_candidates(x, count, padded, absmax, codes, norm_of_padding, &sums);
+  if (weight != nullptr) {
+    sum_candidates(x, Weighed{weight}, count, padded, absmax, codes, 0.0F, &sums);
+  } else {
+    // A codebook without 0 gives the padding codes that are not 0; they must not count.
+    const float norm_of_padding = static_cast<float>(padded - count) * code_of_zero * code_of_zero;
+    sum_candidates(x, AllAlike{}, count, padded, absmax, codes, norm_of_padding, &sums);
+  }
   float best_gain = 0.0F;
   float best_scale = absmax;
   for (int i = 0; i < kCandidates; ++i) {

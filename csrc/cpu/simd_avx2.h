@@ -16,6 +16,7 @@ static inline F32 broadcast(float v) { return _mm256_set1_ps(v); }
 static inline F32 load(const float* p) { return _mm256_loadu_ps(p); }
 static inline void store(float* p, F32 v) { _mm256_storeu_ps(p, v); }
 static inline F32 add(F32 a, F32 b) { return _mm256_add_ps(a, b); }
+static inline F32 sub(F32 a, F32 b) { return _mm256_sub_ps(a, b); }
 static inline F32 mul(F32 a, F32 b) { return _mm256_mul_ps(a, b); }
 static inline F32 div(F32 a, F32 b) { return _mm256_div_ps(a, b); }
 static inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }

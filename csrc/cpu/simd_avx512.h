@@ -16,6 +16,7 @@ static inline F32 broadcast(float v) { return _mm512_set1_ps(v); }
 static inline F32 load(const float* p) { return _mm512_loadu_ps(p); }
 static inline void store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
 static inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+static inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 static inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 static inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
 static inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }

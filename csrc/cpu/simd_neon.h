@@ -20,6 +20,7 @@ static inline F32 broadcast(float v) { return vdupq_n_f32(v); }
 static inline F32 load(const float* p) { return vld1q_f32(p); }
 static inline void store(float* p, F32 v) { vst1q_f32(p, v); }
 static inline F32 add(F32 a, F32 b) { return vaddq_f32(a, b); }
+static inline F32 sub(F32 a, F32 b) { return vsubq_f32(a, b); }
 static inline F32 mul(F32 a, F32 b) { return vmulq_f32(a, b); }
 static inline F32 div(F32 a, F32 b) { return vdivq_f32(a, b); }
 static inline F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }

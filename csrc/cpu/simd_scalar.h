@@ -31,6 +31,7 @@ static inline F32 load(const float* p) {
 }
 static inline void store(float* p, F32 v) { NYBBLE_LANES(p[i] = v.lane[i]) }
 static inline F32 add(F32 a, F32 b) { NYBBLE_LANES(a.lane[i] += b.lane[i]) return a; }
+static inline F32 sub(F32 a, F32 b) { NYBBLE_LANES(a.lane[i] -= b.lane[i]) return a; }
 static inline F32 mul(F32 a, F32 b) { NYBBLE_LANES(a.lane[i] *= b.lane[i]) return a; }
 static inline F32 div(F32 a, F32 b) { NYBBLE_LANES(a.lane[i] /= b.lane[i]) return a; }
 static inline F32 fma(F32 a, F32 b, F32 c) { NYBBLE_LANES(c.lane[i] += a.lane[i] * b.lane[i]) return c; }

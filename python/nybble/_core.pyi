@@ -30,6 +30,8 @@ def quantize_4bit(
     block_size: int,
     codebook: int,
     search: int,
+    importance: int,
+    columns: int,
     packed: int,
     absmax: int,
     threads: int,
@@ -56,6 +58,32 @@ def dequantize_8bit(
 ) -> None: ...
 def quantize_int8(x: int, dtype: int, rows: int, cols: int, q: int, absmax: int, threads: int) -> None: ...
 def dequantize_int8(q: int, absmax: int, rows: int, cols: int, out: int, dtype: int, threads: int) -> None: ...
+def round_feedback(
+    target: int,
+    rows: int,
+    cols: int,
+    matrix: int,
+    order: int,
+    absmax: int,
+    codebook: int,
+    block_size: int,
+    sweeps: int,
+    codes: int,
+    threads: int,
+) -> None: ...
+def round_descent(
+    target: int,
+    rows: int,
+    cols: int,
+    matrix: int,
+    order: int,
+    absmax: int,
+    codebook: int,
+    block_size: int,
+    sweeps: int,
+    codes: int,
+    threads: int,
+) -> None: ...
 def linear(
     weight: Weight,
     grad_input: bool,

@@ -56,7 +56,12 @@ def check_finite(x: Tensor, block_size: int, name: str, unit: str = "block") -> 
 
 
 def quantize_4bit(
-    x: Tensor, codebook: Tensor, block_size: int, search: str = "absmax", name: str = "x"
+    x: Tensor,
+    codebook: Tensor,
+    block_size: int,
+    search: str = "absmax",
+    name: str = "x",
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Quantizes to 4 bits in blocks.
 
@@ -68,8 +73,11 @@ def quantize_4bit(
         x: values, any shape and strides, fp32, fp16 or bf16.
         codebook: fp32 [16].
         block_size: one of `formats.BLOCK_SIZES`.
-        search: "absmax", or "mse": the scale of least squared error among those that `mse_scales` considers.
+        search: "absmax", or the scale of least squared error among those that `mse_scales` considers, where every
+            error counts alike ("mse"), by the square of the value itself ("square"), or by `importance`.
         name: what error messages call `x`.
+        importance: for search="importance": fp32 [columns], contiguous, not negative; that of element i of the
+            flattened `x` is importance[i % columns].
 
     Returns:
         packed uint8 [ceil(n / 2), 1] and absmax fp32 [ceil(n / block_size)] for n = x.numel().
@@ -81,14 +89,18 @@ def quantize_4bit(
     check_float(x, name)
     check_block_size(block_size)
     check_codebook(codebook, 16, x.device)
-    if search not in ("absmax", "mse"):
-        raise FormatError(f"search is {search!r}; allowed are absmax, mse")
+    check_search(search, importance, x)
     check_finite(x, block_size, name)
     n = x.numel()
     blocks = to_blocks(x, block_size)
     absmax = block_absmax(blocks)
     if search == "mse":
         absmax = mse_scales(blocks, absmax, codebook, n)
+    elif search == "square":
+        absmax = mse_scales(blocks, absmax, codebook, n, (blocks.double() / absmax[:, None]).square())
+    elif importance is not None:
+        weights = importance.double()[torch.arange(blocks.numel()) % importance.numel()]
+        absmax = mse_scales(blocks, absmax, codebook, n, weights.reshape(blocks.shape))
     codes = pick_codes(blocks, absmax, codebook).reshape(-1)
     # Padding to whole blocks put zeros after the last element, so an odd tail's pad nibble is already the code of 0.
     codes = codes[: n + n % 2]
@@ -321,8 +333,12 @@ def pick_codes(blocks: Tensor, scales: Tensor, codebook: Tensor) -> Tensor:
     return order.to(torch.uint8)[torch.bucketize(s, midpoints)]
 
 
-def mse_scales(blocks: Tensor, absmax: Tensor, codebook: Tensor, n: int) -> Tensor:
+def mse_scales(
+    blocks: Tensor, absmax: Tensor, codebook: Tensor, n: int, weights: Tensor | None = None
+) -> Tensor:
     """Per block, the scale of least squared error among 33 sets of codes; fp32 [nb]. Only n elements are real.
+
+    With `weights` (float64, as `blocks`) every product below is weighed by them.
 
     Each factor f of `MSE_FACTORS` gives codes c by the rule with the scale f * absmax, for which the best scale is
     <x, c> / <c, c>, leaving the error <x, x> - <x, c>^2 / <c, c>. The best f wins (the first of equals). A block for
@@ -331,13 +347,14 @@ def mse_scales(blocks: Tensor, absmax: Tensor, codebook: Tensor, n: int) -> Tens
     """
     x = blocks.double()
     # A codebook without 0 gives the padding of a partial block codes that are not 0; they must not count.
-    real = (torch.arange(blocks.numel(), device=blocks.device) < n).reshape(blocks.shape)
+    real = (torch.arange(blocks.numel(), device=blocks.device) < n).reshape(blocks.shape).double()
+    counts = real if weights is None else real * weights
     best_gain = torch.zeros_like(absmax, dtype=torch.float64)
     best_scale = absmax.clone()
     for factor in MSE_FACTORS:
         codes = pick_codes(blocks, (absmax * factor).clamp(min=MIN_ABSMAX), codebook)
-        c = codebook[codes.long()].double() * real
-        xc, cc = (x * c).sum(dim=1), (c * c).sum(dim=1)
+        c = codebook[codes.long()].double()
+        xc, cc = (x * c * counts).sum(dim=1), (c * c * counts).sum(dim=1)
         scale = (xc / cc).float()
         gain = xc * xc / cc
         # A comparison with NaN (cc = 0) is false, so such a candidate never wins.
@@ -345,6 +362,24 @@ def mse_scales(blocks: Tensor, absmax: Tensor, codebook: Tensor, n: int) -> Tens
         best_gain = torch.where(better, gain, best_gain)
         best_scale = torch.where(better, scale, best_scale)
     return best_scale
+
+
+def check_search(search: str, importance: Tensor | None, x: Tensor) -> None:
+    """Raises FormatError, LayoutError or UnsupportedDtypeError unless a search has what it needs."""
+    if search not in ("absmax", "mse", "square", "importance"):
+        raise FormatError(f"search is {search!r}; allowed are absmax, mse, square, importance")
+    if (importance is None) == (search == "importance"):
+        raise FormatError(f"search is {search!r} and importance is {'missing' if importance is None else 'given'}")
+    if importance is None:
+        return
+    if importance.dtype != torch.float32:
+        raise UnsupportedDtypeError(f"importance has dtype {importance.dtype}; it must be float32")
+    if importance.dim() != 1 or not importance.numel() or not importance.is_contiguous():
+        raise LayoutError(f"importance has shape {tuple(importance.shape)}; it must be [columns], contiguous")
+    if importance.device != x.device:
+        raise LayoutError(f"importance is on {importance.device}; it must be where the values are, on {x.device}")
+    if not bool((importance >= 0).all()) or not bool(torch.isfinite(importance).all()):
+        raise LayoutError("importance holds a number that is negative or not finite")
 
 
 def check_codebook(code: Tensor, entries: int, device: torch.device | None = None) -> None:

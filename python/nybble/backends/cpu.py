@@ -15,7 +15,7 @@ from .weight import BoundWeight, PackedWeight
 
 #: The core's codes of the dtypes that it computes with.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_SEARCHES = {"absmax": 0, "mse": 1}
+_SEARCHES = {"absmax": 0, "mse": 1, "square": 2, "importance": 3}
 #: Said wherever memory is made: a caller's torch.device context or default device must not decide.
 _CPU = torch.device("cpu")
 
@@ -33,14 +33,18 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def quantize_4bit(
-    x: Tensor, codebook: Tensor, block_size: int, search: str = "absmax", name: str = "x"
+    x: Tensor,
+    codebook: Tensor,
+    block_size: int,
+    search: str = "absmax",
+    name: str = "x",
+    importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `nybble.reference.quantize_4bit`."""
     reference.check_float(x, name)
     check_block_size(block_size)
     reference.check_codebook(codebook, 16, x.device)
-    if search not in _SEARCHES:
-        raise FormatError(f"search is {search!r}; allowed are {', '.join(_SEARCHES)}")
+    reference.check_search(search, importance, x)
     x, codebook = _values(x), codebook.contiguous()
     n = x.numel()
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=_CPU)
@@ -53,6 +57,8 @@ def quantize_4bit(
             block_size,
             codebook.data_ptr(),
             _SEARCHES[search],
+            _address(importance),
+            0 if importance is None else importance.numel(),
             packed.data_ptr(),
             absmax.data_ptr(),
             torch.get_num_threads(),
