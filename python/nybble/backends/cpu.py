@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -328,6 +328,68 @@ def _new_handle(weight: PackedWeight) -> _core.Weight:
         weight.block_size,
         weight.out_features,
         weight.in_features,
+    )
+
+
+def round_feedback(
+    target: Tensor,
+    factor: Tensor,
+    absmax: Tensor,
+    codebook: Tensor | None,
+    block_size: int,
+    order: Tensor | None = None,
+) -> Tensor:
+    """See `nybble.reference.round_feedback`; computes in fp32."""
+    codes = torch.empty(target.shape, dtype=torch.int8 if codebook is None else torch.uint8, device=_CPU)
+    _round(_core.round_feedback, codes, target, factor, absmax, codebook, block_size, order, 1)
+    return codes
+
+
+def round_descent(
+    codes: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    absmax: Tensor,
+    codebook: Tensor | None,
+    block_size: int,
+    order: Tensor | None = None,
+    sweeps: int = 1,
+) -> Tensor:
+    """See `nybble.reference.round_descent`; computes in fp32."""
+    kind = torch.int8 if codebook is None else torch.uint8
+    if codes.dtype != kind or codes.shape != target.shape:
+        raise LayoutError(
+            f"codes are {codes.dtype} {tuple(codes.shape)}; they must be {kind} {tuple(target.shape)}, as the target"
+        )
+    codes = codes.clone(memory_format=torch.contiguous_format)
+    _round(_core.round_descent, codes, target, hessian, absmax, codebook, block_size, order, sweeps)
+    return codes
+
+
+def _round(
+    kernel: Callable[..., None],
+    codes: Tensor,
+    target: Tensor,
+    matrix: Tensor,
+    absmax: Tensor,
+    codebook: Tensor | None,
+    block_size: int,
+    order: Tensor | None,
+    sweeps: int,
+) -> None:
+    reference.check_rounding(target, matrix, absmax, codebook, block_size, order)
+    kernel(
+        target.data_ptr(),
+        target.shape[0],
+        target.shape[1],
+        matrix.data_ptr(),
+        _address(order),
+        absmax.data_ptr(),
+        _address(codebook),
+        block_size if codebook is not None else 64,
+        sweeps,
+        codes.data_ptr(),
+        torch.get_num_threads(),
     )
 
 

@@ -16,6 +16,8 @@ from ..reference import (
     quantize_4bit,
     quantize_8bit,
     quantize_int8,
+    round_descent,
+    round_feedback,
 )
 from .weight import PackedWeight, as_float
 
@@ -32,6 +34,8 @@ __all__ = [
     "quantize_4bit",
     "quantize_8bit",
     "quantize_int8",
+    "round_descent",
+    "round_feedback",
 ]
 
 
