@@ -50,5 +50,9 @@ class DestinationExistsError(FileExistsError):
     """The place to write to exists already and is not empty."""
 
 
+class CalibrationError(ValueError):
+    """A model cannot be calibrated, or not on the text that was given."""
+
+
 class PatternError(ValueError):
     """A name pattern matches no module of the model."""

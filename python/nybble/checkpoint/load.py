@@ -85,7 +85,7 @@ def _model_class(config: PretrainedConfig, directory: Path) -> type[PreTrainedMo
     raise CheckpointError(f"{directory / 'config.json'}: architectures {names} are not classes of transformers")
 
 
-def _skeleton(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+def skeleton(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """The model of a directory's config.json: parameters on meta, buffers with their values."""
     config = _config(directory)
     cls = _model_class(config, directory)
@@ -162,7 +162,7 @@ def describe(directory: Path) -> Architecture:
         ImportError: transformers is missing.
         CheckpointError: config.json names a model that transformers cannot build.
     """
-    model = _skeleton(directory)
+    model = skeleton(directory)
     result = Architecture(Names(model))
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -210,7 +210,7 @@ def load(
     groups = group(source.tensors, str(directory))
     if not groups.quantized and not groups.others:
         return _load_plain(source, dtype, device)
-    model = _skeleton(source.root, dtype)
+    model = skeleton(source.root, dtype)
     names = Names(model)
     with Reader(source, device) as reader:
         _place_quantized(model, names, groups, reader)

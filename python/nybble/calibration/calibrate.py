@@ -1,0 +1,126 @@
+"""The weights of a checkpoint's blocks, rounded one block after another on what the blocks before make of the text.
+
+Each block sees the outputs of the blocks that are already quantized, and within a block each layer those of the layers
+that come before it, so later weights make up for what earlier ones lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CalibrationError
+from ..formats import QuantConfig
+from ..tensor import QuantTensor
+from . import moments
+from .blocks import Blocks
+from .rounding import Moments, Rounded, Rounding, round_weight
+
+if TYPE_CHECKING:
+    from ..checkpoint.files import Source
+    from ..checkpoint.select import Selection
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer of a block: its path in the block, the file's tensor, how it is quantized, its stored dtype."""
+
+    path: str
+    tensor: str
+    config: QuantConfig
+    dtype: torch.dtype
+
+
+class Calibrator:
+    """Hands out the quantized weights of a source, computing a block when the first of its weights is asked for.
+
+    Attributes:
+        order: names of the tensors that it makes, in the order in which it wants to be asked.
+        blocks: block of each of them.
+    """
+
+    def __init__(
+        self, source: Source, selection: Selection, tokens: Tensor, rounding: Rounding, dtypes: Mapping[str, torch.dtype]
+    ) -> None:
+        """`dtypes`: what each weight to quantize is said to be of.
+
+        Raises:
+            CalibrationError: the model is not one stack of blocks, or none of its weights is in one.
+        """
+        self._blocks = Blocks(source, tokens, selection.scales, selection.tile)
+        self._rounding = rounding
+        self._layers: list[list[Layer]] = [[] for _ in range(self._blocks.count)]
+        prefix = f"{self._blocks.path}."
+        for name, tensor in self._blocks.files.items():
+            config = selection.settings.get(tensor)
+            if config is None or not name.startswith(prefix) or len(source.tensors[tensor].shape) != 2:
+                continue
+            index, _, path = name[len(prefix) :].partition(".")
+            path = path.removesuffix(".weight")
+            self._layers[int(index)].append(Layer(path, tensor, config, dtypes[tensor]))
+        self.order = [layer.tensor for layers in self._layers for layer in layers]
+        if not self.order:
+            raise CalibrationError(f"{source.root}: none of the weights to quantize is in a block of {prefix[:-1]!r}")
+        self.blocks = {layer.tensor: index for index, layers in enumerate(self._layers) for layer in layers}
+        self._next = 0
+        self._made: dict[str, Rounded | None] = {}
+
+    def take(self, tensor: str, stored: Callable[[str], QuantTensor]) -> tuple[Tensor, Rounded]:
+        """(the exact weight in fp32, what it was rounded to) of one tensor.
+
+        `stored(name)` gives weights of earlier blocks that an earlier run has made already.
+        """
+        index = self.blocks[tensor]
+        with torch.no_grad():
+            if tensor not in self._made:
+                if index < self._next:
+                    raise AssertionError(f"{tensor} is asked for after a later block")
+                while self._next < index:
+                    self._pass(self._next, stored)
+                self._quantize(index)
+            weight = self._blocks.value(self._names[tensor])
+        made = self._made.pop(tensor)
+        if made is None:
+            layer = next(layer for layer in self._layers[index] if layer.tensor == tensor)
+            plain = QuantTensor.quantize(weight, layer.config, tensor)
+            plain.dtype = layer.dtype
+            made = Rounded(plain, float("nan"), float("nan"))
+        return weight, made
+
+    @property
+    def _names(self) -> dict[str, str]:
+        return {tensor: name for name, tensor in self._blocks.files.items()}
+
+    def _pass(self, index: int, stored: Callable[[str], QuantTensor]) -> None:
+        """Through a block whose weights an earlier run has quantized."""
+        with self._blocks.block(index) as block:
+            for layer in self._layers[index]:
+                _set_weight(block, layer.path, stored(layer.tensor).dequantize(torch.float32))
+            moments.run(block, self._blocks.calls(index), self._blocks.hidden)
+        self._next = index + 1
+
+    def _quantize(self, index: int) -> None:
+        layers = {layer.path: layer for layer in self._layers[index]}
+        calls, hidden = self._blocks.calls(index), self._blocks.hidden
+        self._made = dict.fromkeys((layer.tensor for layer in layers.values()), None)
+        with self._blocks.block(index) as block:
+            for group in moments.groups(block, calls, hidden, layers):
+                seen = Moments(
+                    moments.second_moments(block, calls, hidden, group[0]), self._rounding, layers[group[0]].tensor
+                )
+                for path in group:
+                    layer = layers[path]
+                    weight = block.get_submodule(path).get_parameter("weight")
+                    rounded = round_weight(weight, seen, layer.config, layer.dtype, layer.tensor)
+                    self._made[layer.tensor] = rounded
+                    _set_weight(block, path, rounded.tensor.dequantize(torch.float32))
+            moments.run(block, calls, hidden)
+        self._next = index + 1
+
+
+def _set_weight(block: nn.Module, path: str, weight: Tensor) -> None:
+    block.get_submodule(path)._parameters["weight"] = nn.Parameter(weight, requires_grad=False)

@@ -1,0 +1,241 @@
+"""One weight, rounded so that the layer's outputs change least: what a little data buys.
+
+The measure is tr((W - Q) H (W - Q)^T) / tr(W H W^T), with H the second moments of the layer's inputs: the squared error
+of the outputs on the calibration data over their squares.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import backends
+from ..errors import CalibrationError
+from ..formats import NESTED_BLOCK_SIZE, QuantConfig, dynamic_map
+from ..reference import MIN_ABSMAX
+from ..tensor import QuantTensor
+
+# Rows whose scales are fitted at once: their systems of equations take rows * (columns / block)^2 * 4 bytes.
+_FIT_BYTES = 64 << 20
+# A fitted scale may not leave what its first estimate allows: beyond, the system is ill-conditioned.
+_FIT_RANGE = (0.5, 1.5)
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How codes are picked once the moments are known.
+
+    Attributes:
+        damping: share of the mean of H's diagonal that is added to the diagonal.
+        act_order: columns with large inputs first (GPTQ's `desc_act`), else from left to right. Scales stay those of
+            the file's blocks, so it costs nothing at run time.
+        sweeps: of coordinate descent over all columns, after the first pass and after each refit; 0 for none.
+        refits: times that the scales are fitted anew to the codes (least squares in H) and the codes to the scales.
+    """
+
+    damping: float = 0.01
+    act_order: bool = True
+    sweeps: int = 3
+    refits: int = 0
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 1):
+            raise ValueError(f"damping is {self.damping!r}; it must be a number above 0, at most 1")
+        for name in ("sweeps", "refits"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} is {value!r}; it must be a whole number, 0 or more")
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A quantized weight, and the relative RMS error of the layer's outputs: by the plain rule, and as it is now."""
+
+    tensor: QuantTensor
+    error_plain: float
+    error: float
+
+
+class Moments:
+    """H in the forms that rounding needs, for all weights that share an input."""
+
+    def __init__(self, moments: Tensor, settings: Rounding, name: str = "moments") -> None:
+        """`moments`: fp32 [K, K], symmetric, the mean of x x^T over the inputs x; kept, and its diagonal damped.
+
+        Raises:
+            CalibrationError: it holds NaN or infinity, or stays singular with the damping; says `name`.
+        """
+        self.settings = settings
+        diagonal = moments.diagonal()
+        if not bool(torch.isfinite(diagonal).all()):
+            raise CalibrationError(f"{name}: the inputs of this layer hold NaN or infinity on the calibration data")
+        mean = float(diagonal.mean())
+        # A layer whose inputs are all zero says nothing of its weight: every error counts alike.
+        diagonal.add_(settings.damping * mean if mean > 0 else 1.0)
+        self.hessian = moments
+        self.importance = (diagonal / diagonal.mean()).contiguous()
+        self.order = torch.argsort(diagonal, descending=True, stable=True) if settings.act_order else None
+        self.permuted = moments if self.order is None else moments[self.order][:, self.order].contiguous()
+        self.order32 = None if self.order is None else self.order.int()
+        self.factor = self._factor(name)
+
+    def _factor(self, name: str) -> Tensor:
+        for dtype in (torch.float32, torch.float64):
+            lower, failed = torch.linalg.cholesky_ex(self.permuted.to(dtype))
+            if not int(failed):
+                upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+                if not int(failed):
+                    return upper.float().contiguous()
+        raise CalibrationError(f"{name}: its second moments are singular; use more text or a larger damping")
+
+
+def round_weight(weight: Tensor, moments: Moments, config: QuantConfig, dtype: torch.dtype, name: str) -> Rounded:
+    """Quantize `weight` (fp32 [N, K]) to `config`'s format by the moments of the inputs.
+
+    Args:
+        config: any 4-bit format or int8; its `search` is not looked at.
+        dtype: what the weight is stored as being of.
+
+    Raises:
+        NonFiniteError: the weight holds NaN or infinity; names `name`.
+    """
+    weight = weight.contiguous()
+    plain = QuantTensor.quantize(weight, config, name)  # checks the values, too
+    error_plain = output_error(weight, plain.dequantize(), moments.hessian)
+    rounder = _Int8(weight) if config.codebook is None else _FourBit(weight, moments, config, name)
+    best = rounder.round(moments)
+    best.dtype = dtype
+    error = output_error(weight, best.dequantize(torch.float32), moments.hessian)
+    if error > error_plain:  # never seen, and never wanted
+        plain.dtype = dtype
+        return Rounded(plain, error_plain, error_plain)
+    return Rounded(best, error_plain, error)
+
+
+def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
+    """The relative RMS error of the outputs, from the moments of the inputs."""
+    return math.sqrt(_energy(weight - quantized, hessian) / max(_energy(weight, hessian), 1e-300))
+
+
+def _energy(weight: Tensor, hessian: Tensor) -> float:
+    return max(0.0, float(((weight @ hessian) * weight).sum(dtype=torch.float64)))
+
+
+class _Int8:
+    """Rows of int8 keep the scale that covers them: at eight bits nothing is gained by clipping."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self._weight = weight
+
+    def round(self, moments: Moments) -> QuantTensor:
+        backend, settings = backends.of(self._weight), moments.settings
+        # As the plain rule: through fp16, whose rounding belongs to the layout's definition of the scale.
+        _, absmax = backend.quantize_int8(self._weight)
+        codes = backend.round_feedback(self._weight, moments.factor, absmax, None, 0, moments.order32)
+        if settings.sweeps:
+            codes = backend.round_descent(
+                codes, self._weight, moments.permuted, absmax, None, 0, moments.order32, settings.sweeps
+            )
+        return QuantTensor(codes, absmax, None, 0, tuple(self._weight.shape), torch.float32, "int8")
+
+
+class _FourBit:
+    def __init__(self, weight: Tensor, moments: Moments, config: QuantConfig, name: str) -> None:
+        codebook = config.codebook
+        assert codebook is not None
+        self._weight, self._config, self._codebook = weight, config, codebook
+        self._backend = backends.of(weight)
+        _, self._absmax = self._backend.quantize_4bit(
+            weight, codebook, config.block_size, "importance", name, moments.importance
+        )
+
+    def round(self, moments: Moments) -> QuantTensor:
+        settings = moments.settings
+        best: QuantTensor | None = None
+        least = math.inf
+        absmax = self._absmax
+        for turn in range(settings.refits + 1):
+            scales = self._scales(absmax)
+            decoded = scales.absmax_float()
+            codes = self._codes(decoded, moments)
+            tensor = self._packed(scales, codes)
+            error = output_error(self._weight, tensor.dequantize(torch.float32), moments.hessian)
+            if error < least:
+                least, best = error, tensor
+            if turn < settings.refits:
+                absmax = fit_scales(
+                    self._weight, self._codebook, codes, decoded, moments.hessian, self._config.block_size
+                )
+        assert best is not None
+        return best
+
+    def _scales(self, absmax: Tensor) -> QuantTensor:
+        """A weight without codes yet, whose scales are those that will be stored."""
+        config = self._config
+        result = QuantTensor(
+            torch.empty(0, dtype=torch.uint8), absmax, self._codebook, config.block_size, tuple(self._weight.shape),
+            torch.float32, config.format_name,
+        )  # fmt: skip
+        if config.double_quant:
+            result.absmax, result.nested_absmax, result.nested_offset = self._backend.nested_quantize(absmax)
+            result.nested_map = dynamic_map()
+            result.nested_block_size = NESTED_BLOCK_SIZE
+        return result
+
+    def _codes(self, decoded: Tensor, moments: Moments) -> Tensor:
+        # A nested scale may come out as 0 or below where a block is far smaller than the others: its codes all stand
+        # for about nothing then, and dividing by it would not.
+        usable = decoded.clamp_min(MIN_ABSMAX)
+        size, settings = self._config.block_size, moments.settings
+        codes = self._backend.round_feedback(
+            self._weight, moments.factor, usable, self._codebook, size, moments.order32
+        )
+        if settings.sweeps:
+            codes = self._backend.round_descent(
+                codes, self._weight, moments.permuted, usable, self._codebook, size, moments.order32, settings.sweeps
+            )
+        return codes
+
+    def _packed(self, scales: QuantTensor, codes: Tensor) -> QuantTensor:
+        flat = codes.reshape(-1)
+        if flat.numel() % 2:
+            zero = int(self._codebook.abs().argmin())
+            flat = torch.cat([flat, flat.new_full((1,), zero)])
+        scales.packed = ((flat[0::2] << 4) | flat[1::2]).unsqueeze(1)
+        return scales
+
+
+def fit_scales(
+    weight: Tensor, codebook: Tensor, codes: Tensor, scales: Tensor, hessian: Tensor, block_size: int
+) -> Tensor:
+    """The scales of least squared output error for given codes; fp32 [blocks].
+
+    A row's blocks are coupled by H, so each row is a system of as many equations as it has blocks. Where a block
+    straddles two rows, the scales stay as they are.
+    """
+    rows, columns = weight.shape
+    if columns % block_size:
+        return scales
+    count = columns // block_size
+    result = torch.empty(rows, count)
+    step = max(1, _FIT_BYTES // (4 * count * count + 12 * columns))
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        shapes = codebook[codes[part].long()]
+        now = scales.view(rows, count)[part]
+        system = torch.empty(shapes.shape[0], count, count)
+        for block in range(count):
+            span = slice(block * block_size, (block + 1) * block_size)
+            product = shapes[:, span] @ hessian[span]
+            system[:, block] = product.mul_(shapes).view(-1, count, block_size).sum(2)
+        wanted = ((weight[part] @ hessian) * shapes).view(-1, count, block_size).sum(2)
+        ridge = 1e-3 * system.diagonal(dim1=1, dim2=2) + 1e-30
+        system.diagonal(dim1=1, dim2=2).add_(ridge)
+        fitted, failed = torch.linalg.solve_ex(system, wanted + ridge * now)
+        low, high = _FIT_RANGE
+        good = (failed == 0)[:, None] & (fitted > low * now) & (fitted < high * now)
+        result[part] = torch.where(good, fitted, now)
+    return result.view(-1)
