@@ -163,7 +163,9 @@ def test_bytes_after_the_last_tensor_and_repeated_names(tmp_path: Path) -> None:
         read_header(path)
 
 
-@pytest.mark.parametrize("shard", ["/etc/passwd", "../model.safetensors", "a/../../b", "C:\\x", "..\\x", "\\x", "", "\ud800", 3])
+@pytest.mark.parametrize(
+    "shard", ["/etc/passwd", "../model.safetensors", "a/../../b", "C:\\x", "..\\x", "\\x", "", "\ud800", 3]
+)
 def test_a_shard_outside_the_directory_is_refused(tmp_path: Path, shard: object) -> None:
     index = sharded(tmp_path / "m")
     content = json.loads(index.read_text())
