@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import resource
 import subprocess
@@ -17,9 +18,10 @@ from safetensors.torch import save_file
 
 import nybble
 from nybble import QuantConfig
-from nybble.checkpoint import StorageFullError, job
+from nybble.checkpoint import StorageFullError, job, slabs, writer
 from nybble.checkpoint.journal import JOURNAL_NAME, BusyError, Journal
-from nybble.errors import CheckpointError, DestinationExistsError
+from nybble.checkpoint.writer import Staging
+from nybble.errors import CheckpointError, DestinationExistsError, LayoutError, NonFiniteError
 
 CAMPAIGN = Path(__file__).parent / "kill_campaign.py"
 SHARD = 90_000
@@ -89,11 +91,68 @@ def test_what_is_done_is_not_done_again_and_the_report_is_whole(
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
-def test_an_error_in_the_data_leaves_nothing(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupted(monkeypatch, 5, ValueError("bad data"))
+IN_THE_DATA = [NonFiniteError("fc", 0, 1, "bad data"), LayoutError("bad data"), CheckpointError("bad data")]
+
+
+@pytest.mark.parametrize("error", IN_THE_DATA, ids=lambda e: type(e).__name__)
+def test_an_error_in_the_data_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    interrupted(monkeypatch, 5, error)
     with pytest.raises(ValueError, match="bad data"):
         nybble.quantize(source, tmp_path / "a" / "out", workers=1)
     assert not (tmp_path / "a").exists()
+
+
+def allocation_fails(*args: Any) -> Any:
+    torch.empty(1 << 60, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("what", ["data", "callback", "torch's memory", "max_memory"])
+def test_no_error_removes_what_an_earlier_run_did(
+    source: Path, unfinished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    before = digest(unfinished)
+    with monkeypatch.context() as patch:
+        if what == "data":
+            interrupted(patch, 1, LayoutError("bad data"))
+            expected: tuple[type[BaseException], str] = (LayoutError, "bad data")
+        elif what == "torch's memory":
+            patch.setattr(slabs.Buffer, "take", allocation_fails)
+            expected = (
+                MemoryError,
+                r"'layers\.\d\.fc\.weight': out of memory; the same call goes on from what is done",
+            )
+        else:
+            expected = (
+                (CheckpointError, "needs at least") if what == "max_memory" else (RuntimeError, "a callback's bug")
+            )
+        keywords: dict[str, Any] = {"max_memory": 1e6} if what == "max_memory" else {}
+        if what == "callback":
+            keywords["progress"] = raising
+        with pytest.raises(expected[0], match=expected[1]):
+            nybble.quantize(source, unfinished, max_shard_size=SHARD, workers=1, **keywords)
+    assert digest(unfinished).keys() == before.keys()
+    if what == "max_memory":  # refused before anything is touched
+        assert digest(unfinished) == before
+    report = nybble.quantize(source, unfinished, max_shard_size=SHARD)
+    assert report.resumed >= 5
+    nybble.quantize(source, tmp_path / "whole", max_shard_size=SHARD)
+    assert digest(unfinished) == digest(tmp_path / "whole")
+
+
+def raising(done: int, total: int, name: str) -> None:
+    raise RuntimeError("a callback's bug")
+
+
+def test_an_error_outside_the_data_keeps_what_this_run_did(source: Path, tmp_path: Path) -> None:
+    def late(done: int, total: int, name: str) -> None:
+        if done > total / 2:
+            raising(done, total, name)
+
+    with pytest.raises(RuntimeError, match="a callback's bug"):
+        nybble.quantize(source, tmp_path / "out", workers=1, progress=late)
+    assert nybble.quantize(source, tmp_path / "out").resumed > 0
 
 
 @pytest.mark.parametrize("limit", [3_000, 70_000, 100_000, 200_000])
@@ -155,6 +214,34 @@ def test_other_options_or_another_source_are_refused(source: Path, unfinished: P
     nybble.quantize(source, unfinished, QuantConfig("fp4"), restart=True)
     nybble.quantize(source, tmp_path / "fresh", QuantConfig("fp4"))
     assert digest(unfinished) == digest(tmp_path / "fresh")
+
+
+def test_a_file_system_without_locks_is_not_a_busy_one(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(file: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(OSError, match=r"cannot be locked \(No locks available\).*out/\.nybble-journal") as caught:
+        nybble.quantize(source, tmp_path / "out")
+    assert caught.value.errno == errno.ENOLCK
+
+
+def test_new_directories_last(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A name lasts when its directory is synced: that of every directory made, up to the first that was there."""
+    (source / "sub" / "deeper").mkdir(parents=True)
+    (source / "sub" / "deeper" / "notes.txt").write_text("x")
+    synced: list[Path] = []
+    monkeypatch.setattr(writer, "sync_directory", synced.append)
+    nybble.quantize(source, tmp_path / "a" / "b" / "out")
+    parents = [tmp_path, tmp_path / "a", tmp_path / "a" / "b"]
+    assert synced == [*parents, tmp_path / "a" / "b" / "out", tmp_path / "a" / "b" / "out" / "sub"]
+    synced.clear()
+    with Staging(tmp_path / "x" / "y") as staging:
+        staging.write("z/file", b"")
+        staging.commit()
+    assert set(synced) == {tmp_path, tmp_path / "x", tmp_path / "x" / "y", tmp_path / "x" / "y" / "z"}
 
 
 def test_two_runs_at_once(source: Path, unfinished: Path, tmp_path: Path) -> None:
