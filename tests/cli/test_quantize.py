@@ -88,6 +88,14 @@ def test_errors_are_one_line_without_a_traceback(
         ("quantize", source, tmp_path / "out", "--block-size", 48): "error: block_size is 48; allowed are 32, 64",
         ("quantize", source, tmp_path / "out", "--exclude", "q"): "error: skip: pattern 'q' matches no linear layer",
         ("quantize", source, tmp_path / "out", "--max-shard-size", "5TB"): "error: size '5TB': a number with one of",
+        (
+            "quantize",
+            source,
+            tmp_path / "out",
+            "--report",
+            tmp_path / "r.png",
+        ): f"error: report: {tmp_path / 'r.png'} is",
+        ("quantize", source, tmp_path / "out", "--report", tmp_path): f"error: report: {tmp_path} is a directory",
     }
     for arguments, message in cases.items():
         done = nybble(*arguments)
