@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -214,6 +215,27 @@ def test_other_options_or_another_source_are_refused(source: Path, unfinished: P
     nybble.quantize(source, unfinished, QuantConfig("fp4"), restart=True)
     nybble.quantize(source, tmp_path / "fresh", QuantConfig("fp4"))
     assert digest(unfinished) == digest(tmp_path / "fresh")
+
+
+def test_shards_of_the_same_name_in_two_folders_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, names = tmp_path / "src", {}
+    for folder in "ab":
+        (source / folder).mkdir(parents=True)
+        weights = {f"{folder}.{i}.fc.weight": torch.randn(64, 64) for i in range(3)}
+        save_file(weights, source / folder / "model.safetensors")
+        names.update(dict.fromkeys(weights, f"{folder}/model.safetensors"))
+    (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    with monkeypatch.context() as patch:
+        interrupted(patch, 2, Stop())
+        with pytest.raises(Stop):
+            nybble.quantize(source, tmp_path / "out", workers=1)
+    for folder in "ab":
+        state = (source / folder / "model.safetensors").stat()
+        os.utime(source / folder / "model.safetensors", ns=(state.st_atime_ns, state.st_mtime_ns + 1))
+        with pytest.raises(DestinationExistsError, match=rf"shards: {folder}/model\.safetensors was"):
+            nybble.quantize(source, tmp_path / "out")
+        os.utime(source / folder / "model.safetensors", ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert nybble.quantize(source, tmp_path / "out").resumed == 2
 
 
 def test_a_file_system_without_locks_is_not_a_busy_one(
