@@ -6,9 +6,13 @@ import errno
 import fcntl
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
+import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +23,7 @@ from safetensors.torch import save_file
 
 import nybble
 from nybble import QuantConfig
-from nybble.checkpoint import StorageFullError, job, slabs, writer
+from nybble.checkpoint import StorageFullError, job, journal, slabs, writer
 from nybble.checkpoint.journal import JOURNAL_NAME, BusyError, Journal
 from nybble.checkpoint.writer import Staging
 from nybble.errors import CheckpointError, DestinationExistsError, LayoutError, NonFiniteError
@@ -156,40 +160,102 @@ def test_an_error_outside_the_data_keeps_what_this_run_did(source: Path, tmp_pat
     assert nybble.quantize(source, tmp_path / "out").resumed > 0
 
 
-@pytest.mark.parametrize("limit", [3_000, 70_000, 100_000, 200_000])
-def test_a_full_disk_at_several_points(source: Path, tmp_path: Path, limit: int) -> None:
-    out = tmp_path / "out"
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        with pytest.raises(StorageFullError, match=r"model.*\.safetensors: file too large"):
-            nybble.quantize(source, out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert not out.exists()  # the room is claimed first, so that there is nothing to keep
+Call = Callable[[Path], Any]
 
 
-def test_a_disk_that_fills_up_under_way_keeps_what_is_done(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out, written, original = tmp_path / "out", 0, job.write_all
-    nybble.quantize(source, tmp_path / "whole", max_shard_size=SHARD)
+@pytest.fixture(params=["quantize", "merge"])
+def call(request: pytest.FixtureRequest, source: Path, tmp_path: Path) -> Call:
+    """A long piece of work, as a function of its destination: 6 weights in several shards, a config and a tokenizer."""
+    if request.param == "quantize":
+        return lambda out: nybble.quantize(source, out, max_shard_size=SHARD, workers=1)
+    (tmp_path / "adapter").mkdir()
+    factors = {f"layers.{i}.fc.lora_{f}": torch.randn(shape) for i in (0, 3) for f, shape in (("A", (2, 300)),)}
+    factors |= {f"layers.{i}.fc.lora_B": torch.randn(200 + i, 2) for i in (0, 3)}
+    adapter = {f"base_model.model.{name}.weight": value for name, value in factors.items()}
+    save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    return lambda out: nybble.merge(source, tmp_path / "adapter", out, max_shard_size=300_000, workers=1)
 
-    def limited(file: Any, data: Any) -> None:
-        nonlocal written
-        written += len(data)
-        if written > 120_000:
+
+def full_at(monkeypatch: pytest.MonkeyPatch, kind: str, number: int) -> None:
+    """Let the disk be full at one step: half of that write still gets there."""
+    count = 0
+
+    def at(found: str, file: Any, data: Any, original: Callable[..., None]) -> None:
+        nonlocal count
+        count += found == kind
+        if found == kind and count >= number:
+            original(file, data[: len(data) // 2])
             raise OSError(errno.ENOSPC, "No space left on device")
         original(file, data)
 
-    monkeypatch.setattr(job, "write_all", limited)
-    with pytest.raises(StorageFullError, match=r"no space left .*; \d+ weights are done and kept in .*out, the same"):
-        nybble.quantize(source, out, max_shard_size=SHARD)
-    assert not [p for p in out.iterdir() if not p.name.startswith(".")]
-    monkeypatch.setattr(job, "write_all", original)
-    report = nybble.quantize(source, out, max_shard_size=SHARD)
-    assert report.resumed > 0
-    assert digest(out) == digest(tmp_path / "whole")
+    def write(file: Any, data: Any) -> None:  # a shard's file is made from a descriptor, a carried one from its path
+        at("shard" if isinstance(file.name, int) else "carried", file, data, write_all)
+
+    def append(file: Any, data: Any) -> None:
+        at("commit" if b'{"commit"' in data else "journal", file, data, write_all)
+
+    def claim(handle: int, offset: int, size: int) -> None:
+        at("claim", handle, range(size), lambda handle, part: fallocate(handle, 0, len(part)))
+
+    def add(self: Any, record: Any, shard: Any) -> None:  # one record a write, so that their number is known
+        add_to(self, record, shard)
+        while self._error is None and record not in self._journal.records:
+            time.sleep(0.001)
+
+    write_all, fallocate, add_to = writer.write_all, os.posix_fallocate, job._Recorder.add
+    monkeypatch.setattr(job._Recorder, "add", add)
+    monkeypatch.setattr(job, "write_all", write)
+    monkeypatch.setattr(journal, "write_all", append)
+    monkeypatch.setattr(os, "posix_fallocate", claim)
+
+
+POINTS = [
+    ("journal", 1, False),  # who the run is
+    ("claim", 1, False),
+    ("claim", 2, False),
+    ("shard", 1, False),
+    ("journal", 2, False),  # the first weight
+    ("journal", 3, True),
+    ("shard", 12, True),
+    ("carried", 1, True),  # the index
+    ("carried", 2, True),
+    ("carried", 3, True),  # config.json
+    ("commit", 1, True),
+]
+
+
+@pytest.mark.parametrize(("kind", "number", "kept"), POINTS)
+def test_a_full_disk_at_any_point(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, number: int, kept: bool
+) -> None:
+    out, whole = tmp_path / "a" / "out", tmp_path / "whole"
+    call(whole)
+    with monkeypatch.context() as patch:
+        full_at(patch, kind, number)
+        with pytest.raises(StorageFullError, match="no space left on device while writing") as caught:
+            call(out)
+    file = {"journal": JOURNAL_NAME, "commit": JOURNAL_NAME, "carried": ""}.get(kind, "model-0000")
+    assert str(caught.value).startswith(f"{out / file}")
+    if kept:
+        assert re.search(rf"; \d+ weights are done and kept in {out}, the same command goes on", str(caught.value))
+        assert all(path.name.startswith(".") for path in out.iterdir())
+    else:
+        assert str(caught.value).endswith("nothing was left behind")
+        assert not out.parent.exists()
+    assert (call(out).resumed > 0) is kept
+    assert digest(out) == digest(whole)
+
+
+def test_a_limit_of_file_sizes_is_a_full_disk(call: Call, tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, hard))
+    try:
+        with pytest.raises(StorageFullError, match=r"model.*\.safetensors: file too large"):
+            call(tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (tmp_path / "out").exists()  # the room is claimed first, so that there is nothing to keep
 
 
 @pytest.fixture
@@ -274,6 +340,34 @@ def test_two_runs_at_once(source: Path, unfinished: Path, tmp_path: Path) -> Non
     (tmp_path / "new").mkdir()
     with Journal(tmp_path / "new"), pytest.raises(BusyError):
         nybble.quantize(source, tmp_path / "new")
+
+
+def test_two_processes_at_once(source: Path, tmp_path: Path) -> None:
+    """Both begin at the same moment, again and again: one result each time, and the other is told."""
+    rounds = 12
+    program = textwrap.dedent("""
+        import os, sys, time, pathlib, nybble
+        source, folder, name, other, rounds = sys.argv[1], pathlib.Path(sys.argv[2]), *sys.argv[3:5], int(sys.argv[5])
+        for number in range(rounds):
+            (folder / f"{name}{number}").touch()
+            while not (folder / f"{other}{number}").exists():
+                pass
+            time.sleep(0.002 * (number // 4) * (name == "b"))
+            try:
+                nybble.quantize(source, folder / f"out{number}", workers=1)
+                print("done")
+            except Exception as error:
+                print(type(error).__name__)
+    """)
+    commands = [[sys.executable, "-c", program, source, tmp_path, a, b, rounds] for a, b in ("ab", "ba")]
+    runs = [subprocess.Popen([str(c) for c in command], stdout=subprocess.PIPE, text=True) for command in commands]
+    said = [run.communicate(timeout=300)[0].split() for run in runs]
+    assert [len(words) for words in said] == [rounds, rounds]
+    nybble.quantize(source, tmp_path / "whole")
+    for number, words in enumerate(zip(*said, strict=True)):
+        assert sorted(words) in (["BusyError", "done"], ["DestinationExistsError", "done"])
+        assert digest(tmp_path / f"out{number}") == digest(tmp_path / "whole")
+    assert any("BusyError" in words for words in said)  # they did meet
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "remove", "journal"])
