@@ -110,6 +110,17 @@ def test_errors_are_one_line_without_a_traceback(
         main()
 
 
+@pytest.mark.parametrize(
+    "config", ['{"quantization_config": 5}', '{"model_type": ["x"]}', '{"architectures": [5]}', "["]
+)
+def test_a_config_of_other_types_is_one_line_too(nybble: Run, source: Path, tmp_path: Path, config: str) -> None:
+    (source / "config.json").write_text(config)
+    done = nybble("quantize", source, tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {source / 'config.json'}: ")
+    assert done.stderr.count("\n") == 1
+
+
 def test_wrong_usage_exits_with_2(nybble: Run, source: Path) -> None:
     for arguments in (("quantize",), ("quantize", source, "out", "--no-such-option"), ("no-such-command",)):
         done = nybble(*arguments)
