@@ -15,7 +15,7 @@ ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_ROOT ?= /usr/aarch64-linux-gnu
 QEMU ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
 
-.PHONY: help demo test test-cpp test-sanitize test-arm check format bench wheel clean
+.PHONY: help demo test test-cpp test-sanitize test-arm check format bench bench-checkpoints wheel clean
 help:
 	@echo "make demo           quantize, fine-tune and compare a real model (about 5 minutes on two cores)"
 	@echo "make test           the test suite, under every instruction set of this machine"
@@ -24,6 +24,7 @@ help:
 	@echo "make test-arm       the kernels compiled for AArch64, tested under qemu"
 	@echo "make check          formatting, lint, types, stubs"
 	@echo "make bench          speed beside its peers and the machine's ceilings, and the targets (about 20 minutes)"
+	@echo "make bench-checkpoints  quantizing, loading, merging, interrupting checkpoints (about 20 minutes, 20 GB of disk)"
 	@echo "make wheel          dist/nybble-*.whl"
 
 # One environment; each further set of packages is a stamp of its own, so that demo does not wait for test's.
@@ -106,6 +107,9 @@ format: $(VENV)/.check
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py $(BENCH_ARGS)
+
+bench-checkpoints: $(VENV)/.bench $(VENV)/.demo
+	$(BIN)/python bench/checkpoints.py all $(BENCH_ARGS)
 
 wheel: $(VENV)/.base
 	$(PIP) wheel -q --no-deps -c constraints.txt -w dist .

@@ -207,8 +207,8 @@ class QuantTensor:
         """Reads what `state` wrote, or bitsandbytes. Tensors are shared, not copied, and checked against each other.
 
         Args:
-            state: keys as `state` gives them; others (such as "bias") are not looked at. A 4-bit "weight" may have a
-                float dtype ("quant_storage"): the same bytes reinterpreted.
+            state: keys as `state` gives them; others (such as "bias") are not looked at. A 4-bit "weight" may have any
+                dtype ("quant_storage"): the same bytes reinterpreted.
             name: what error messages call the weight.
             dtype: overrides what `dequantize` returns; by default the dtype that the file states, for int8 (whose
                 layout states none) fp16.
@@ -255,7 +255,7 @@ class QuantTensor:
         if nested and "nested_offset" not in header:
             raise LayoutError(f"{name}: there is a nested_absmax, but quant_state has no nested_offset")
         weight = state["weight"]
-        if weight.dtype in _DTYPE_NAMES:
+        if weight.dtype != torch.uint8:
             weight = weight.contiguous().reshape(-1).view(torch.uint8)
         result = cls(
             weight.reshape(-1, 1),

@@ -128,11 +128,28 @@ def test_not_safetensors(tmp_path: Path) -> None:
         ({"x": entry(offsets=[8, 0])}, "needs 8 bytes"),
         ({"x": entry(offsets=[4, 12])}, "starts at byte"),
         ({"x": entry(), "y": entry()}, "starts at byte"),
+        ({"x": entry(shape=[2**70, 0], offsets=[0, 0])}, "more than a tensor can have"),
+        ({"x": entry(shape=[0, 2**62, 2**62], offsets=[0, 0])}, "more than a tensor can have"),
+        ({"x": entry("F4", [3], [0, 2])}, "does not end at a whole byte"),
     ],
 )
 def test_bad_headers_name_file_and_tensor(tmp_path: Path, header: object, message: str) -> None:
     path = write_raw(tmp_path / "bad.safetensors", header, b"\0" * 12)
     with pytest.raises(CheckpointError, match=rf"bad\.safetensors: tensor '[xy]'.*{message}"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("metadata", [{"a": 1}, {"a": {"b": "c"}}, {"a": None}, {"a": "\ud800"}, [], 0, "", False])
+def test_metadata_maps_strings_to_strings(tmp_path: Path, metadata: object) -> None:
+    header = {"__metadata__": metadata, "x": entry()}
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors: .* __metadata__ does not map strings to strings"):
+        read_header(write_raw(tmp_path / "bad.safetensors", header, b"\0" * 8))
+    assert read_header(write_raw(tmp_path / "null.safetensors", {**header, "__metadata__": None}, b"\0" * 8))[1] == {}
+
+
+def test_half_a_surrogate_pair_is_no_name(tmp_path: Path) -> None:
+    path = write_raw(tmp_path / "bad.safetensors", {"fc.weight": entry(), "\ud800": entry(offsets=[8, 16])}, b"\0" * 16)
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors: tensor '\\ud800': the name is not valid Unicode"):
         read_header(path)
 
 
@@ -146,13 +163,29 @@ def test_bytes_after_the_last_tensor_and_repeated_names(tmp_path: Path) -> None:
         read_header(path)
 
 
-@pytest.mark.parametrize("shard", ["/etc/passwd", "../model.safetensors", "a/../../b", "C:\\x", "..\\x", "\\x", "", 3])
+@pytest.mark.parametrize(
+    "shard", ["/etc/passwd", "../model.safetensors", "a/../../b", "C:\\x", "..\\x", "\\x", "", "\ud800", 3]
+)
 def test_a_shard_outside_the_directory_is_refused(tmp_path: Path, shard: object) -> None:
     index = sharded(tmp_path / "m")
     content = json.loads(index.read_text())
     content["weight_map"]["b.weight"] = shard
     index.write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match=r"'b.weight' .* only files inside the directory"):
+        open_source(index.parent)
+
+
+def test_a_tensor_in_two_shards_is_a_stale_copy_only_if_the_index_says_so(tmp_path: Path) -> None:
+    index = sharded(tmp_path / "m")
+    second = index.parent / "model-00002-of-00002.safetensors"
+    save_file({"b.weight": torch.zeros(3), "a.weight": torch.zeros(2, 4)}, second)
+    assert open_source(index.parent).tensors["a.weight"].path.name == "model-00001-of-00002.safetensors"
+    for number in (1, 2):
+        name = "ab"[number - 1]
+        shard = index.parent / f"model-0000{number}-of-00002.safetensors"
+        save_file({f"{name}.weight": torch.zeros(2), "extra": torch.full((2,), number)}, shard)
+    match = r"model-00002-of-00002\.safetensors: tensor 'extra' is also in .*model-00001-of-00002\.safetensors"
+    with pytest.raises(CheckpointError, match=match):
         open_source(index.parent)
 
 
@@ -166,7 +199,7 @@ def test_bad_indexes(tmp_path: Path) -> None:
     index.write_text(good.replace('"b.weight"', '"c.weight"'))
     with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors: tensor 'c.weight', listed in"):
         open_source(index.parent)
-    for text in ("{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "\xff"):
+    for text in ("{", "[" * 10**5, f"[{'1' * 5000}]", "[]", "{}", '{"weight_map": {}}', '{"weight_map": []}', "\xff"):
         index.write_bytes(text.encode("latin-1"))
         with pytest.raises(CheckpointError, match=r"index\.json: "):
             open_source(index.parent)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import textwrap
@@ -153,6 +154,17 @@ def test_errors_change_nothing(net: Net, tmp_path: Path) -> None:
     bare = QuantLinear(64, 64)
     nybble.load_into(bare, tmp_path / "bare.safetensors")
     assert bare(torch.ones(1, 64)).shape == (1, 64)
+
+
+def test_a_header_that_only_safetensors_refuses(tmp_path: Path) -> None:
+    deep: object = []
+    for _ in range(200):  # serde, which safetensors reads with, stops at 128
+        deep = [deep]
+    header = json.dumps({"weight": {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16], "more": deep}}).encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: tensor 'weight': safetensors cannot read it"):
+        nybble.load_into(nn.Linear(2, 2, bias=False), path)
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,40 @@ def test_directories_that_say_too_little(make: Make, tmp_path: Path) -> None:
     (out / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         nybble.load(out)
+
+
+BAD_CONFIGS = [
+    {"quantization_config": 5},
+    {"model_type": ["llama"]},
+    {"architectures": 5},
+    {"architectures": [5]},
+    {"hidden_size": "x"},
+    {"num_attention_heads": 0},
+    {"hidden_size": -5},
+    {"hidden_act": "no-such"},
+    {"dtype": 5},
+]
+
+
+@pytest.mark.parametrize("changes", BAD_CONFIGS, ids=str)
+@pytest.mark.parametrize("of", ["plain", "quantized"])
+def test_configs_that_no_model_can_have(make: Make, tmp_path: Path, changes: dict[str, Any], of: str) -> None:
+    """Whatever exception transformers has for it, ours names the file; quantizing may go by the names instead."""
+    directory = make()
+    if of == "quantized":
+        nybble.quantize(directory, tmp_path / "q")
+        directory = tmp_path / "q"
+    settings = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps({**settings, **changes}))
+    with pytest.raises(CheckpointError, match=re.escape(str(directory / "config.json"))):
+        nybble.load(directory)
+    if of == "plain":
+        try:
+            notes = nybble.quantize(directory, tmp_path / "out").notes
+        except CheckpointError as error:
+            assert str(directory / "config.json") in str(error)
+        else:
+            assert "recognized by their names, as the model could not be built" in notes[0]
 
 
 def test_another_method_is_refused(make: Make) -> None:

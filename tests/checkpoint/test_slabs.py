@@ -172,6 +172,28 @@ def test_an_fp8_checkpoint_is_quantized_from_its_decoded_values(tmp_path: Path) 
         nybble.quantize(source, tmp_path / "out2", config)
 
 
+def test_fp8_weights_without_scales(tmp_path: Path) -> None:
+    path, codes = tmp_path / "x.safetensors", (torch.randn(64, 64) * 8).to(torch.float8_e4m3fn)
+    plain = {"fc.weight": codes, "fc.input_scale": torch.ones(()), "other.scale": torch.ones(64)}
+    save_file(plain, path)
+    notes = nybble.quantize(path, tmp_path / "plain").notes
+    assert notes[1:] == [
+        "1 fp8 weights have no scales: their values were taken as they are; those not quantized are bf16 now"
+    ]
+    scaled = {**plain, "b.weight": codes.clone(), "b.weight_scale": torch.ones(())}
+    save_file(scaled, path)
+    notes = nybble.quantize(path, tmp_path / "scaled").notes
+    assert [note.split(";")[0] for note in notes[1:]] == [
+        "1 fp8 weights were decoded by their scales",
+        "1 fp8 weights have no scales: their values were taken as they are",
+    ]
+    for name in ("fc.scale_weight", "fc.weight_scale_2", "fc.WScale", "b.weight_scale_2"):
+        save_file({**scaled, name: torch.ones(())}, path)
+        weight = f"{name[0].replace('f', 'fc')}.weight"
+        with pytest.raises(CheckpointError, match=rf"x\.safetensors: tensor '{weight}' is F8_E4M3, .* scale '{name}'"):
+            nybble.quantize(path, tmp_path / "out")
+
+
 def test_experts_in_three_dimensions(tmp_path: Path) -> None:
     weights = {
         "model.layers.0.mlp.experts.gate_up_proj": torch.randn(4, 96, 64),
@@ -222,6 +244,9 @@ def test_include_exclude_and_the_report_file(tmp_path: Path) -> None:
     written = report.write(tmp_path / "report.json")
     assert [path.name for path in written] == ["report.json", "report.png"]
     assert written[1].read_bytes().startswith(b"\x89PNG")
+    for bad in (tmp_path / "r.png", tmp_path / "r.PNG", tmp_path, tmp_path / "m.safetensors" / "sub" / "r.json"):
+        with pytest.raises(ValueError, match=r"^report: "):
+            report.write(bad)
     import json
 
     rows = {row["name"]: row for row in json.loads(written[0].read_text())["tensors"]}

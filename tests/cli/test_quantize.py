@@ -88,6 +88,14 @@ def test_errors_are_one_line_without_a_traceback(
         ("quantize", source, tmp_path / "out", "--block-size", 48): "error: block_size is 48; allowed are 32, 64",
         ("quantize", source, tmp_path / "out", "--exclude", "q"): "error: skip: pattern 'q' matches no linear layer",
         ("quantize", source, tmp_path / "out", "--max-shard-size", "5TB"): "error: size '5TB': a number with one of",
+        (
+            "quantize",
+            source,
+            tmp_path / "out",
+            "--report",
+            tmp_path / "r.png",
+        ): f"error: report: {tmp_path / 'r.png'} is",
+        ("quantize", source, tmp_path / "out", "--report", tmp_path): f"error: report: {tmp_path} is a directory",
     }
     for arguments, message in cases.items():
         done = nybble(*arguments)
@@ -100,6 +108,17 @@ def test_errors_are_one_line_without_a_traceback(
     monkeypatch.setattr(sys, "argv", ["nybble", "quantize", str(tmp_path / "absent"), str(tmp_path / "out")])
     with pytest.raises(FileNotFoundError, match="no such file or directory"):
         main()
+
+
+@pytest.mark.parametrize(
+    "config", ['{"quantization_config": 5}', '{"model_type": ["x"]}', '{"architectures": [5]}', "["]
+)
+def test_a_config_of_other_types_is_one_line_too(nybble: Run, source: Path, tmp_path: Path, config: str) -> None:
+    (source / "config.json").write_text(config)
+    done = nybble("quantize", source, tmp_path / "out")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"error: {source / 'config.json'}: ")
+    assert done.stderr.count("\n") == 1
 
 
 def test_wrong_usage_exits_with_2(nybble: Run, source: Path) -> None:

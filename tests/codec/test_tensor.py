@@ -129,8 +129,12 @@ def test_every_isa_gives_the_same_tensor(isa, shape, fmt, dtype):
     assert_same_bits(quantized.dequantize(), expected)
 
 
-@pytest.mark.parametrize("storage", [torch.float16, torch.bfloat16, torch.float32])
-def test_quant_storage_of_a_float_dtype_is_the_same_bytes(storage):
+@pytest.mark.parametrize(
+    "storage",
+    [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int8, torch.int16, torch.int64],
+    ids=str,
+)
+def test_quant_storage_of_any_dtype_is_the_same_bytes(storage):
     quantized = make(double_quant=False)
     state = quantized.state()
     state["weight"] = state["weight"].reshape(-1).view(storage).unsqueeze(1)
@@ -217,7 +221,7 @@ HEADER = "weight.quant_state.bitsandbytes__nf4"
         (without(HEADER), "w: found no quant_state key; exactly one"),
         (replaced("weight.quant_state.bitsandbytes__fp4", BYTES), "w: found .*exactly one"),
         (replaced("weight", BYTES[1:]), r"w has shape \[863, 1\]; it must be \[864, 1\] for shape \[24, 72\]"),
-        (replaced("weight", BYTES.to(torch.int8)), "w has dtype torch.int8"),
+        (replaced("weight", BYTES.to(torch.int16)), r"w has shape \[1728, 1\]; it must be \[864, 1\]"),
         (replaced("weight.absmax", torch.zeros(26, dtype=torch.uint8)), r"w.absmax has shape \[26\].*\[27\]"),
         (replaced("weight.absmax", torch.zeros(27)), "w.absmax has dtype torch.float32; it must be torch.uint8"),
         (replaced("weight.quant_map", torch.zeros(15)), r"w.quant_map has shape \[15\]"),

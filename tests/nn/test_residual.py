@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save_file
 from torch import nn
 
 import nybble
 from nybble import LoRAConfig, QuantConfig, QuantLinear, add_lora
-from nybble.errors import PatternError
+from nybble.errors import NonFiniteError, PatternError
 from nybble.nn import init_from_residual
 
 
@@ -100,3 +103,19 @@ def test_bad_arguments() -> None:
         init_from_residual(model, {"0.weight": weight[:, :32]})
     with pytest.raises(ValueError, match="no LoRALinear over a QuantLinear"):
         init_from_residual(nn.Linear(2, 2), {})
+
+
+@pytest.mark.parametrize("method", ["loftq", "pissa"])
+def test_originals_that_are_not_finite_are_named_and_change_nothing(tmp_path: Path, method: str) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+    weights = {f"{i}.weight": model[i].weight.detach().clone() for i in range(2)}
+    nybble.quantize_(model, QuantConfig())
+    add_lora(model, LoRAConfig(r=2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    weights["1.weight"][2, 3] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"original: 1\.weight: the value at flat index 131"):
+        init_from_residual(model, weights, method)
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(NonFiniteError, match=r"original: 1\.weight \(.*model\.safetensors\): the value at"):
+        init_from_residual(model, tmp_path, method)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -17,12 +17,15 @@ from torch import Tensor
 from .. import backends
 from ..errors import CheckpointError
 from ..formats import QuantConfig
-from .adapter import AdapterLayer
+from .adapter import AdapterLayer, read_finite
 from .slabs import CHUNK, QuantSink
 from .writer import tensor_bytes
 
 # Rows that are rounded at once, so that a row's codes do not depend on the piece that it is in.
 ROWS = 512
+
+# Columns of A that are held in fp64 at once.
+_COLUMNS = 1024
 
 # Of the mean squared length of a column's directions: columns that A hardly looks at need not pay for the others.
 _DAMPING = 0.03
@@ -57,9 +60,23 @@ def feedback_codes(target: Tensor, scales: Tensor, codebook: Tensor, directions:
 
 
 def orthonormal(a: Tensor) -> Tensor:
-    """Orthonormal rows [r', columns] that span the rows of `a` [r, columns]."""
-    _, s, vt = torch.linalg.svd(a.double(), full_matrices=False)
-    return vt[s > 1e-6 * s.max()].float() if s.numel() else vt.float()
+    """Orthonormal rows [r', columns] that span the rows of `a` [r, columns], fp32, which is overwritten.
+
+    From the eigenvectors of A A^T, some columns at a time: an SVD of A would hold several copies of it in fp64. What
+    squaring the condition costs is made up for by a second pass, over rows that are nearly orthonormal already.
+    """
+    for _ in range(2):
+        gram = torch.zeros(a.shape[0], a.shape[0], dtype=torch.float64)
+        for part in a.split(_COLUMNS, dim=1):
+            wide = part.double()
+            gram.addmm_(wide, wide.T)
+        squares, vectors = torch.linalg.eigh(gram)
+        kept = squares > 1e-12 * squares.max() if squares.numel() else squares > 0
+        turn = (vectors[:, kept] / squares[kept].sqrt()).T
+        for part in a.split(_COLUMNS, dim=1):
+            part[: turn.shape[0]] = turn @ part.double()
+        a = a[: turn.shape[0]]
+    return a
 
 
 class AbsorbSink(QuantSink):
@@ -84,6 +101,10 @@ class AbsorbSink(QuantSink):
         self.step = group * (config.block_size // math.gcd(group, config.block_size))
         self.bytes_per_element = 4 * 7 + 8
         self.again = True
+        # The directions, once more by columns, and as read; A A^T with its eigenvectors and their room; the debts.
+        self._factor = layer.lora_A if layer.kind == "linear" else layer.lora_B
+        r = layer.r
+        self.fixed += 3 * 4 * r * shape[1] + 7 * 8 * r * r + 2 * 8 * r * min(shape[1], _COLUMNS) + 4 * r * ROWS
 
     def put(self, start: int, values: Tensor) -> None:
         """The first pass: scales only."""
@@ -99,8 +120,8 @@ class AbsorbSink(QuantSink):
         size = self._config.block_size
         assert self._codes is not None
         if start == 0:
-            a, b = self._layer.factors()
-            self._directions = orthonormal(a if self._layer.kind == "linear" else b.T)
+            factor = read_finite(self._factor)
+            self._directions = orthonormal(factor if self._layer.kind == "linear" else factor.T.contiguous())
         for at in range(0, values.numel(), ROWS * self._columns):
             target = values[at : at + ROWS * self._columns]
             begin = start + at

@@ -9,13 +9,15 @@ from __future__ import annotations
 import math
 import re
 import warnings
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, CheckpointNotFoundError
+from ..errors import CheckpointError, CheckpointNotFoundError, NonFiniteError
 from .files import TensorInfo, read_header, read_json, read_tensor
 
 CONFIG_NAME = "adapter_config.json"
@@ -66,7 +68,7 @@ class AdapterLayer:
     Attributes:
         path: of the layer in the model. r, alpha, scaling: alpha / r, or alpha / sqrt(r) with rsLoRA.
         lora_A: [r, in] (embedding: [r, vocabulary]). lora_B: [out, r] (embedding: [dimension, r]).
-        magnitude: DoRA's row norms, [out].
+        magnitude: DoRA's norms: of a linear layer's rows, [out]; of an embedding's columns, [dimension].
     """
 
     path: str
@@ -85,8 +87,23 @@ class AdapterLayer:
         return (b, a) if self.kind == "linear" else (a, b)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """(A, B) in fp32, as stored."""
-        return read_tensor(self.lora_A).float(), read_tensor(self.lora_B).float()
+        """(A, B) in fp32, as stored; NonFiniteError if one holds NaN or infinity."""
+        return read_finite(self.lora_A), read_finite(self.lora_B)
+
+
+def read_finite(info: TensorInfo) -> Tensor:
+    """A tensor in fp32.
+
+    Raises:
+        NonFiniteError: it holds NaN or infinity; names the tensor and its file.
+    """
+    values = read_tensor(info).float()
+    finite = torch.isfinite(values).reshape(-1)
+    if not bool(finite.all()):
+        index, count = int((~finite).to(torch.uint8).argmax()), int((~finite).sum())
+        detail = f"the value at flat index {index}, row-major in {list(info.shape)}, is not finite"
+        raise NonFiniteError(f"{info.name} ({info.path})", index, count, detail)
+    return values
 
 
 @dataclass
@@ -155,11 +172,61 @@ def _layer(file: Path, module: str, parts: dict[str, TensorInfo], kind: str, set
         raise CheckpointError(f"{file}: tensor {a.name!r} has shape {list(a.shape)}; rank {r} wants [{r}, inputs]")
     if len(b.shape) != 2 or b.shape[1] != r:
         raise CheckpointError(f"{file}: tensor {b.name!r} has shape {list(b.shape)}; rank {r} wants [outputs, {r}]")
-    rows = b.shape[0] if kind == "linear" else a.shape[1]
-    if magnitude is not None and magnitude.numel != rows:
-        raise CheckpointError(f"{file}: tensor {magnitude.name!r} has shape {list(magnitude.shape)}, not [{rows}]")
+    # PEFT: norms of the rows of a linear layer's [out, in], of the columns of an embedding's [vocabulary, dim].
+    if magnitude is not None and magnitude.numel != b.shape[0]:
+        raise CheckpointError(
+            f"{file}: tensor {magnitude.name!r} has shape {list(magnitude.shape)}, not [{b.shape[0]}]"
+        )
     scaling = alpha / (math.sqrt(r) if settings["use_rslora"] else r)
     return AdapterLayer(module, r, alpha, scaling, a, b, magnitude if settings["use_dora"] else None, kind)
+
+
+# What model classes call the model inside them, where a directory does not say which class it is of.
+_INNER = ("model", "transformer", "backbone")
+
+
+def match_names(wanted: Sequence[str], known: Collection[str], root: Path) -> dict[str, str]:
+    """Which of a checkpoint's tensors each of `wanted` is; names without a counterpart are absent.
+
+    A name is its own counterpart, or the one that differs as transformers renames while loading, or by the base model's
+    prefix. Where the directory does not say what model it holds, that prefix is a usual one, the same for all names.
+
+    Args:
+        wanted: names of a model's state dict. known: names of the tensors in the directory `root`.
+
+    Raises:
+        CheckpointError: two tensors could be one of the names.
+    """
+    found = {name: name for name in wanted if name in known}
+    rest = {name for name in wanted if name not in found}
+    if not rest:
+        return found
+    names = _transformers_names(root)
+    if names is not None:
+        for key in known:
+            name = names.resolve(key, rest)
+            if name in found:
+                raise CheckpointError(f"{root}: {found[name]!r} and {key!r} could both be {name!r}")
+            if name is not None:
+                found[name] = key
+        return found
+    ways: list[dict[str, str]] = [{name: f"{prefix}.{name}" for name in rest} for prefix in _INNER]
+    ways += [{name: name.removeprefix(f"{prefix}.") for name in rest} for prefix in _INNER]
+    fitting = [way for way in ways if all(other in known for other in way.values())]
+    return {**found, **fitting[0]} if len(fitting) == 1 else found
+
+
+def _transformers_names(root: Path) -> Any:
+    """`load.Names` of the directory's model class, None where it cannot be built."""
+    if not (root / "config.json").is_file():
+        return None
+    from .load import describe
+
+    try:
+        return describe(root).names
+    # As in `select`: no transformers, an unknown architecture, or a config that its class rejects.
+    except (ImportError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError):
+        return None
 
 
 def pattern_value(settings: dict[str, Any], patterns: str, path: str, default: str) -> Any:

@@ -37,6 +37,7 @@ def combine_adapters(
 
     Raises:
         ValueError: no parts, a weight that is not finite, or a rank below 1.
+        NonFiniteError: a factor holds NaN or infinity; names the tensor and its file.
         CheckpointError: an adapter with DoRA or modules_to_save, whose change is not linear; layers of other shapes.
     """
     if not parts:

@@ -79,17 +79,35 @@ class Source:
         """The parsed config.json beside the tensors, or None where there is none.
 
         Raises:
-            CheckpointError: config.json is not a JSON object.
+            CheckpointError: as `read_config`.
         """
         path = self.root / "config.json"
-        return read_json(path) if path.is_file() else None
+        return read_config(path) if path.is_file() else None
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The object in a config.json.
+
+    Raises:
+        CheckpointError: it is no JSON object, or what says which model this is, or how it is quantized, is of another
+            type than it must be.
+    """
+    settings = read_json(path)
+    names = settings.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise CheckpointError(f"{path}: `architectures` is {names!r}; a list of class names is needed")
+    for key, kind, needed in (("model_type", str, "a name"), ("quantization_config", dict, "an object")):
+        value = settings.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise CheckpointError(f"{path}: `{key}` is {value!r}; {needed} is needed")
+    return settings
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in `path`; CheckpointError naming the file if it is something else."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no JSON, an integer of too many digits, nested too deeply
         raise CheckpointError(f"{path}: not valid JSON ({error})") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object is needed, the file holds a {type(value).__name__}")
@@ -101,6 +119,18 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(result) != len(pairs):
         raise ValueError("a name occurs twice")
     return result
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _is_text(value: object) -> bool:
+    """Whether it is a string that UTF-8 can hold: JSON's escapes can also write half a surrogate pair."""
+    try:
+        return isinstance(value, str) and value.encode() is not None
+    except UnicodeEncodeError:
+        return False
 
 
 def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
@@ -118,8 +148,19 @@ def _header_bytes(path: Path, file: BinaryIO, size: int) -> bytes:
     return file.read(length)
 
 
+def _fits(shape: list[int], bits: int) -> bool:
+    """Whether 64-bit sizes can count the elements, also as strides, where a size of 0 counts as 1."""
+    for size in shape:
+        bits *= max(1, size)
+        if bits >= 2**63:
+            return False
+    return True
+
+
 def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorInfo:
     """One validated header entry; ValueError says what is wrong with it."""
+    if not _is_text(name):
+        raise ValueError("the name is not valid Unicode")
     if not isinstance(entry, dict) or not {"dtype", "shape", "data_offsets"} <= entry.keys():
         raise ValueError("dtype, shape and data_offsets are needed")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
@@ -129,7 +170,12 @@ def _tensor_info(path: Path, name: str, entry: Any, data_start: int) -> TensorIn
         raise ValueError(f"shape {shape!r} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(n) is int and n >= 0 for n in offsets):
         raise ValueError(f"data_offsets {offsets!r} are not [begin, end]")
-    need = (math.prod(shape) * DTYPE_BITS[dtype] + 7) // 8
+    if not _fits(shape, DTYPE_BITS[dtype]):
+        raise ValueError(f"shape {shape!r} is more than a tensor can have")
+    bits = math.prod(shape) * DTYPE_BITS[dtype]
+    if bits % 8:
+        raise ValueError(f"{dtype} {shape} does not end at a whole byte")
+    need = bits // 8
     if offsets[1] - offsets[0] != need:
         raise ValueError(
             f"{dtype} {shape} needs {need} bytes, its data_offsets {offsets} span {offsets[1] - offsets[0]}"
@@ -151,14 +197,15 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, TensorInfo], di
     with path.open("rb") as file:
         raw = _header_bytes(path, file, size)
     try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not a safetensors file: its header is not valid JSON ({error})") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: not a safetensors file: its header is not a JSON object")
-    metadata = header.pop("__metadata__", None) or {}
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{path}: not a safetensors file: its __metadata__ is not a JSON object")
+    metadata = header.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
+    if not isinstance(metadata, dict) or not all(_is_text(k) and _is_text(v) for k, v in metadata.items()):
+        raise CheckpointError(f"{path}: not a safetensors file: its __metadata__ does not map strings to strings")
     data_start = 8 + len(raw)
     infos = []
     for name, entry in header.items():
@@ -197,7 +244,7 @@ def _from_index(directory: Path, index: Path) -> Source:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: `weight_map` (tensor name -> file name) is missing or empty")
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not shard or _leaves(shard):
+        if not isinstance(shard, str) or not shard or not _is_text(shard) or _leaves(shard):
             raise CheckpointError(
                 f"{index}: tensor {name!r} is said to be in {shard!r}; only files inside the directory are allowed"
             )
@@ -210,7 +257,15 @@ def _from_index(directory: Path, index: Path) -> Source:
         tensors, metadata = read_header(directory / shard)
         source.metadata.update(metadata)
         # A tensor that the index places elsewhere is a stale copy; one that it does not mention is still read.
-        source.tensors.update({n: info for n, info in tensors.items() if weight_map.get(n, shard) == shard})
+        for name, info in tensors.items():
+            if weight_map.get(name, shard) != shard:
+                continue
+            if name in source.tensors:
+                raise CheckpointError(
+                    f"{info.path}: tensor {name!r} is also in {source.tensors[name].path}, and {index.name} does not "
+                    f"say which of them counts"
+                )
+            source.tensors[name] = info
         absent = sorted(n for n, where in weight_map.items() if where == shard and n not in tensors)
         if absent:
             raise CheckpointError(

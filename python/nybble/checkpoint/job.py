@@ -23,10 +23,19 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ..errors import CheckpointError, DestinationExistsError
+from ..errors import CheckpointError, DestinationExistsError, LayoutError, NonFiniteError
 from .files import INDEX_NAME, SINGLE_NAME
 from .journal import JOURNAL_NAME, Journal
-from .writer import ShardLayout, Slot, StorageFullError, claim, full_disk_names, sync_directory, write_all
+from .writer import (
+    ShardLayout,
+    Slot,
+    StorageFullError,
+    claim,
+    full_disk_names,
+    make_directory,
+    sync_directory,
+    write_all,
+)
 
 Tick = Callable[[int, str], None]
 
@@ -39,6 +48,8 @@ _MIN_ROOM = 4 << 20
 # What threads and files take beside the buffers that are counted; a fifth more is left to the allocator (measured under
 # ceilings of 80 to 512 MB: up to 123 of 128 MB with a tenth).
 _RESERVE = 24 << 20
+# A task's errors that lie in the data: the same call would only meet them again.
+_IN_THE_DATA = (NonFiniteError, LayoutError, CheckpointError)
 
 
 @dataclass(frozen=True)
@@ -224,8 +235,9 @@ def distribute(tasks: Sequence[Task], limit: int) -> list[list[Task]]:
 class Job:
     """One run over a destination directory: `run` the tasks, then `commit` with the other files.
 
-    Leaving the `with` block without `commit` keeps what is done if the same call can go on from it (an interruption, a
-    full disk), and removes it after an error that would only come again.
+    The destination is not touched before `run` knows that its tasks can be done in the memory allowed. Leaving the
+    `with` block without `commit` keeps what is done, for the same call to go on from it; only after an error that lies
+    in the data is it removed, and never what an earlier run did.
     """
 
     def __init__(
@@ -242,47 +254,51 @@ class Job:
         self.workers = self._threads if workers is None else workers
         self._memory = max_memory
         self._shards: list[_Shard] = []
-        self._committed = False
+        self._made: list[Path] = []
+        self._started = self._committed = self._spoiled = False
+        self._earlier = 0  # records of an earlier run
         self.resumed = 0
 
     def __enter__(self) -> Job:
+        return self
+
+    def _start(self) -> None:
+        """Take the destination, and go on with what its journal has, or begin."""
         with full_disk_names(self.destination):
-            self._made = [p for p in (self.destination, *self.destination.parents) if not p.exists()]
-            self.destination.mkdir(parents=True, exist_ok=True)
+            self._made = make_directory(self.destination)
         _check_free(self.destination)
         self._journal = Journal(self.destination)
         try:
             if self._journal.identity is None:
                 _check_free(self.destination)
-            self._adopt()
+            self._check_same()
         except BaseException:
-            self._journal.__exit__(None, None, None)
             if self._journal.identity is None:
-                self._clear()
+                self._remove_journal()
+            self._journal.__exit__(None, None, None)
             raise
-        return self
+        self._started = True
+        if self._journal.identity is None or self._restart:
+            for path in _ours(self.destination):
+                if path.name != JOURNAL_NAME:
+                    path.unlink()
+            self._journal.begin(self._identity)
+        self._earlier = len(self._journal.records)
 
-    def _adopt(self) -> None:
-        """Go on with what the journal has, or start."""
+    def _check_same(self) -> None:
         if self._journal.identity is not None and not self._journal.is_of(self._identity) and not self._restart:
             raise DestinationExistsError(
                 f"{self.destination}: holds an unfinished run of something else "
                 f"({_difference(self._journal.identity, self._identity)}); finish that with the same arguments, or "
                 f"discard it with restart=True (--restart)"
             )
-        if self._journal.identity is None or self._restart:
-            for path in _ours(self.destination):
-                if path.name != JOURNAL_NAME:
-                    path.unlink()
-            self._journal.begin(self._identity)
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
         for shard in self._shards:
             shard.close()
-        if self._committed:
+        if not self._started or self._committed:
             return
-        lasting = kind is not None and issubclass(kind, Exception) and not issubclass(kind, (OSError, MemoryError))
-        if lasting or not self._journal.records:
+        if not self._journal.records or (self._spoiled and not self._earlier):
             self._clear()
         elif isinstance(value, StorageFullError):
             count = len(self._journal.records)
@@ -299,6 +315,9 @@ class Job:
         for folder in sorted(folders - {self.destination}, reverse=True):
             with contextlib.suppress(OSError):
                 folder.rmdir()
+        self._remove_journal()
+
+    def _remove_journal(self) -> None:
         self._journal.remove()
         for folder in self._made:
             with contextlib.suppress(OSError):
@@ -312,8 +331,10 @@ class Job:
         """Do what is not done yet; returns every task's result, in the order of `tasks`.
 
         Raises:
-            CheckpointError: a task needs more than `max_memory`.
+            CheckpointError: a task needs more than `max_memory`, or another run is writing there.
+            DestinationExistsError: the destination holds other files, or an unfinished run of something else.
             StorageFullError: the disk is full.
+            MemoryError: there is none left.
             Whatever a task raises; the others stop.
         """
         budget, share = self._check_memory(tasks)
@@ -326,6 +347,7 @@ class Job:
         ]
         self._place = {t.name: shard for shard, group in zip(self._shards, groups, strict=True) for t in group}
         self.shards = [shard.path.name for shard in self._shards]
+        self._start()
         if any("commit" in record for record in self._journal.records):
             return [self._records()[task.name]["result"] for task in tasks]
         done = self._records()
@@ -402,14 +424,31 @@ class Job:
         room = min(_MAX_ROOM, max(task.widest, share - task.fixed))
         with budget.hold(task.fixed + room):
             output = Output(shard, task, room, advance)
-            result = task.run(output)
-            output.check_complete()
+            with self._judged(task):
+                result = task.run(output)
+                output.check_complete()
             if self._memory is not None:
                 _give_back()
         record = {"task": task.name, "result": result, "texts": output.texts, "crc": output.checksums}
         self._progress.add(record, shard)
         advance(task.nbytes - advanced)
         return record
+
+    @contextlib.contextmanager
+    def _judged(self, task: Task) -> Iterator[None]:
+        """Notice errors that lie in the data; torch's error for a lack of memory becomes Python's."""
+        try:
+            yield
+        except _IN_THE_DATA:
+            self._spoiled = True
+            raise
+        except RuntimeError as error:
+            if "DefaultCPUAllocator" not in str(error):
+                raise
+            raise MemoryError(
+                f"{task.name!r}: out of memory; the same call goes on from what is done: give it fewer workers, or a "
+                f"lower max_memory"
+            ) from error
 
     def _is_intact(self, task: Task, shard: _Shard, earlier: dict[str, Any]) -> bool:
         """Whether the file still holds what an earlier run wrote."""
@@ -487,7 +526,7 @@ class Job:
 
     def _write_file(self, path: Path, content: bytes | Path) -> None:
         with full_disk_names(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path.parent)
             with temporary_name(path).open("wb", buffering=0) as file:
                 if isinstance(content, bytes):
                     write_all(file, content)

@@ -7,6 +7,7 @@ its checksum and is dropped, with whatever follows it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zlib
@@ -19,14 +20,19 @@ from .writer import full_disk_names, sync_directory, write_all
 
 JOURNAL_NAME = ".nybble-journal"
 _VERSION = 1
+# What a lock that somebody else holds looks like; anything else says that the file system cannot lock.
+_TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
 
 class BusyError(CheckpointError):
     """Another process is writing to the same directory."""
 
 
-def _lock(file: BinaryIO) -> bool:
-    """Take the file for this process for as long as it is open; the system lets go of it when the process dies."""
+def _lock(file: BinaryIO, path: Path) -> bool:
+    """Take the file for this process for as long as it is open; the system lets go of it when the process dies.
+
+    False if another process has it; OSError if the file system has no locks, or none left.
+    """
     try:
         if os.name == "nt":
             import msvcrt
@@ -36,8 +42,12 @@ def _lock(file: BinaryIO) -> bool:
             import fcntl
 
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in _TAKEN:
+            return False
+        raise OSError(
+            error.errno, f"cannot be locked ({error.strerror}), which keeps two runs apart", str(path)
+        ) from error
     return True
 
 
@@ -54,7 +64,12 @@ class Journal:
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             self._file: BinaryIO = os.fdopen(handle, "r+b", buffering=0)
-            if not _lock(self._file):
+            try:
+                taken = not _lock(self._file, self.path)
+            except OSError:
+                self._file.close()
+                raise
+            if taken:
                 self._file.close()
                 raise BusyError(f"{directory}: another run is writing there; wait for it, or choose another place")
             # The run that held the lock before may have finished and removed the file that was just opened.

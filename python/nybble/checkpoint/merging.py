@@ -9,30 +9,30 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .. import __version__
 from ..errors import CheckpointError, PatternError
-from ..formats import QuantConfig
+from ..formats import QuantConfig, match_module
 from . import bnb
 from .absorb import AbsorbSink
-from .adapter import WEIGHTS_NAME, AdapterFile, AdapterLayer, read_adapter
-from .files import DTYPE_NAMES, Source, TensorInfo, check_outside, open_source, read_tensor
+from .adapter import WEIGHTS_NAME, AdapterFile, AdapterLayer, match_names, read_adapter
+from .files import DTYPE_NAMES, Source, TensorInfo, check_outside, open_source
 from .job import Job, Output, Task
 from .report import format_bytes
+from .select import select
 from .slabs import (
     CHUNK,
     FLOAT_DTYPES,
     ErrorSums,
     PlainReader,
     PlainSink,
-    QuantizedReader,
     QuantSink,
     Reader,
     copy,
@@ -40,6 +40,8 @@ from .slabs import (
     pump,
 )
 from .stream import Progress, carried_files, check_run_arguments, fingerprint, plan_digest, progress_bar
+from .update import FiniteReader, MergedReader, Update
+from .weights import Weights
 from .writer import Slot, Staging
 
 if TYPE_CHECKING:
@@ -49,8 +51,9 @@ PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 QUANTIZED = ("nf4", "fp4", "int4", "int8")
 ABSORBING = ("nf4", "fp4", "int4")
 
-# Rows that are multiplied at once, so that a row's bits do not depend on the piece that it is in.
-_ROWS = 64
+_HEAD = "lm_head.weight"
+# What model classes call the table of the embedding that such a head may share.
+_TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
 
 
 @dataclass(frozen=True)
@@ -127,70 +130,6 @@ class MergeReport:
         return table
 
 
-class Update:
-    """An adapter's change of a weight, applied to rows of it.
-
-    Args:
-        layer: the adapter's part for this weight.
-        factor: 1 to merge, -1 to take away again.
-    """
-
-    def __init__(self, layer: AdapterLayer, factor: float = 1.0) -> None:
-        a, b = layer.factors()
-        if layer.kind == "embedding":
-            a, b = b.T.contiguous(), a.T.contiguous()
-        self._a, self._b = a, b * (layer.scaling * factor)
-        self._magnitude = None if layer.magnitude is None else read_tensor(layer.magnitude).float().reshape(-1)
-
-    @staticmethod
-    def fixed(layer: AdapterLayer) -> int:
-        """Bytes that it holds."""
-        return 4 * (layer.lora_A.numel + layer.lora_B.numel) * 2
-
-    def rows(self, weight: Tensor, first: int) -> Tensor:
-        """weight: fp32 [rows, in], the rows from `first` on; returns the merged rows, fp32."""
-        last = first + weight.shape[0]
-        merged = torch.addmm(weight, self._b[first:last], self._a)
-        if self._magnitude is not None:
-            norms = torch.linalg.vector_norm(merged, dim=1, keepdim=True)
-            merged *= self._magnitude[first:last, None] / norms.clamp_min_(torch.finfo(torch.float32).tiny)
-        return merged
-
-
-class MergedReader:
-    """A weight with an update on it."""
-
-    def __init__(self, base: Reader, layer: AdapterLayer, factor: float = 1.0) -> None:
-        self._base, self._update = base, Update(layer, factor)
-        self.name, self.shape, self.dtype = base.name, base.shape, base.dtype
-        self.fixed, self.bytes_per_element = base.fixed + Update.fixed(layer), base.bytes_per_element + 12
-        self._difference = self._norm = 0.0
-
-    def read(self, start: int, stop: int) -> Tensor:
-        rows, width = self.shape
-        first = start // width // _ROWS * _ROWS
-        last = min(rows, math.ceil(math.ceil(stop / width) / _ROWS) * _ROWS)
-        weight = self._base.read(first * width, last * width).view(-1, width)
-        merged = torch.empty(last - first, width, dtype=torch.float32)
-        for row in range(first, last, _ROWS):
-            part = slice(row - first, min(row + _ROWS, last) - first)
-            exact = weight[part].float()
-            merged[part] = self._update.rows(exact, row)
-            self._norm += float(torch.linalg.vector_norm(merged[part])) ** 2
-            self._difference += float(torch.linalg.vector_norm(exact.sub_(merged[part]))) ** 2
-        return merged.view(-1)[start - first * width : stop - first * width]
-
-    @property
-    def update(self) -> float:
-        """||change|| / ||merged|| of what was read so far."""
-        return (self._difference / self._norm) ** 0.5 if self._norm else 0.0
-
-    @staticmethod
-    def least(layer: AdapterLayer) -> int:
-        """Bytes of the smallest piece beside those of the base's reader."""
-        return 16 * _ROWS * layer.shape[1]
-
-
 def merge(
     base: str | os.PathLike[str],
     adapter: str | os.PathLike[str],
@@ -210,7 +149,7 @@ def merge(
     """Merge a LoRA adapter (PEFT's layout) into a checkpoint directory, in bounded memory, resumable.
 
     Args:
-        base: the directory that the adapter was trained on, quantized (bitsandbytes' layout) or plain.
+        base: the directory that the adapter was trained on: quantized (bitsandbytes' layout), plain, or in fp8.
         adapter: LoRA, rsLoRA or DoRA, with patterns, embeddings and modules_to_save.
         dst: a directory that is new or empty, or holds an unfinished run of the same call.
         to: "bf16", "fp16", "fp32": every quantized or merged weight is stored so; or "nf4", "fp4", "int4", "int8": the
@@ -229,6 +168,7 @@ def merge(
     Raises:
         CheckpointNotFoundError, CheckpointError, DestinationExistsError, StorageFullError: as `nybble.quantize`.
         PatternError: the adapter names a layer that the base does not have.
+        NonFiniteError: the adapter or a merged weight holds NaN or infinity; names the tensor and its file.
         ValueError: `to` is not one of those, or an option does not go with it.
     """
     if to not in (*PLAIN, *QUANTIZED):
@@ -279,7 +219,8 @@ def unmerge(
     if file.settings["use_dora"] or file.settings["modules_to_save"]:
         what = "DoRA" if file.settings["use_dora"] else "modules_to_save"
         raise CheckpointError(f"{file.directory}: {what} overwrites what was there and cannot be taken back")
-    if bnb.group(source.tensors, str(source.root)).quantized:
+    weights = Weights(source)
+    if weights.packed or weights.fp8:
         raise CheckpointError(f"{source.root}: its weights are quantized; an adapter can be taken out of plain ones")
     plan = _Plan(source, None, file, None, None, "absmax", factor=-1.0)
     report = MergeReport(Path(merged), Path(adapter), destination, notes=plan.notes)
@@ -338,16 +279,22 @@ class _Plan:
         self._absorb = absorb
         self.base, self.onto, self.adapter, self._to, self._factor = base, onto, adapter, to, factor
         self.notes: list[str] = []
-        self._groups = bnb.group(base.tensors, str(base.root))
+        self._weights = Weights(base)
+        self._originals = None if onto is None else Weights(onto)
         self._used: dict[str, QuantConfig] = {}
         self._settings = self._choose(block_size, search)
         if absorb and to not in ABSORBING:
             raise ValueError(f"absorb is for a 4-bit result ({', '.join(ABSORBING)}); to is {to!r}")
-        if absorb and (onto is not None or not self._groups.quantized):
+        if absorb and (onto is not None or not self._weights.packed):
             # Measured (SmolLM2, a LoRA of 60 steps): nearest codes 12.4, absorbed 21.3 onto the original weights; 17.4
             # and 14.8 onto the dequantized ones. Weights that lie off the grid carry an update through rounding.
             raise ValueError("absorb is for the dequantized weights of a quantized base; original ones do without")
-        self._changes = self._match()
+        self._original_of = self._match_originals()
+        names = [f"{path}.weight" for path in adapter.layers] + list(adapter.saved)
+        # A head that shares the embedding's table has no tensor of its own.
+        absent = {name for name in names if _is_head(name) and name not in base.tensors and self._table() is not None}
+        self._names = match_names([name for name in names if name not in absent], self._weights.shapes, base.root)
+        self._changes, self._head = self._match()
         self._saved = self._match_saved()
         self.tasks = self._make()
 
@@ -360,50 +307,70 @@ class _Plan:
                 raise ValueError(f"block_size and search are for a quantized result; to is {self._to!r}")
             return {}
         config = QuantConfig(self._to, block_size or 64, search=search)
-        if not self._groups.quantized:
-            from .select import select
-
+        if not self._weights.packed:
             selection = select(self.base, config)
             self.notes += selection.notes
             self._kept = selection.not_converted
             return selection.settings
-        result = {}
-        for members in self._groups.quantized.values():
-            found = self._reader(members).config
-            size = block_size or (found.block_size if found.is_4bit else 64)
-            nested = found.double_quant if found.is_4bit else True
-            result[members["weight"]] = replace(config, block_size=size, double_quant=nested)
+        result, experts = {}, 0
+        for name in self._weights.packed:
+            reader = self._weights.quantized(name)
+            found = reader.config
+            if not config.is_4bit and len(reader.shape) != 2:
+                result[name] = found
+                experts += 1
+                continue
+            if config.is_4bit and found.is_4bit:
+                result[name] = replace(
+                    config, block_size=block_size or found.block_size, double_quant=found.double_quant
+                )
+            else:
+                result[name] = config
+        if experts:
+            self.notes.append(f"{experts} weights stay in their 4-bit format: int8 takes matrices, they have more axes")
         block = (self.base.config() or {}).get("quantization_config") or {}
         self._kept = block.get("llm_int8_skip_modules") or block.get("modules_to_not_convert") or []
         return result
 
-    def _match(self) -> dict[str, AdapterLayer]:
-        """Weight name -> what the adapter does to it."""
-        weights = {m["weight"]: self._reader(m).shape for m in self._groups.quantized.values()}
-        weights |= {name: self.base.tensors[name].shape for name in self._groups.plain if name.endswith("weight")}
-        result = {}
+    def _match(self) -> tuple[dict[str, AdapterLayer], AdapterLayer | None]:
+        """Weight name -> what the adapter does to it; and what it does to a head that has no tensor of its own."""
+        file, shapes = self.adapter.directory / WEIGHTS_NAME, self._weights.shapes
+        result: dict[str, AdapterLayer] = {}
+        head = None
         for path, layer in self.adapter.layers.items():
-            name = _find(f"{path}.weight", weights)
+            name, table = self._names.get(f"{path}.weight"), self._table()
+            if name is None and table is not None and _is_head(f"{path}.weight"):
+                self._check_shape(layer, table)
+                head = layer
+                continue
             if name is None:
-                raise PatternError(
-                    f"{self.adapter.directory / WEIGHTS_NAME}: {path!r}: {self.base.root} has no weight for it"
-                )
-            if weights[name] != layer.shape:
+                raise PatternError(f"{file}: {path!r}: {self.base.root} has no weight for it")
+            if name in result:
                 raise CheckpointError(
-                    f"{layer.lora_A.path}: {path!r} is for a weight {list(layer.shape)}; {name!r} in {self.base.root} "
-                    f"is {list(weights[name])}"
+                    f"{file}: {result[name].path!r} and {path!r} would both change {name!r} in {self.base.root}"
                 )
+            self._check_shape(layer, name)
             result[name] = layer
-        return result
+        for name in result:
+            if len(shapes[name]) != 2:
+                raise CheckpointError(f"{file}: {result[name].path!r} is for a matrix; {name!r} is {shapes[name]}")
+        return result, head
+
+    def _check_shape(self, layer: AdapterLayer, name: str) -> None:
+        shape = self._weights.shapes[name]
+        if shape != layer.shape:
+            raise CheckpointError(
+                f"{layer.lora_A.path}: {layer.path!r} is for a weight {list(layer.shape)}; {name!r} in "
+                f"{self.base.root} is {list(shape)}"
+            )
 
     def _match_saved(self) -> dict[str, TensorInfo]:
         """Name in the base -> the full tensor that the adapter has for it; new names for modules that were tied."""
-        shapes = {name: info.shape for name, info in self.base.tensors.items()}
-        shapes |= {m["weight"]: self._reader(m).shape for m in self._groups.quantized.values()}
+        shapes = self._weights.shapes
         named = self.adapter.settings["modules_to_save"] or []
-        result = {}
+        result: dict[str, TensorInfo] = {}
         for name, info in self.adapter.saved.items():
-            found = _find(name, shapes)
+            found = self._names.get(name)
             if not any(f".{module}." in f".{name}" for module in ([named] if isinstance(named, str) else named)):
                 # PEFT adds copies of the embeddings when an adapter is on one.
                 self._require_same(name, found, info)
@@ -414,81 +381,96 @@ class _Plan:
                 )
             if found is None and not name.endswith(("lm_head.weight", "lm_head.bias")):
                 raise PatternError(f"{info.path}: tensor {info.name!r}: {self.base.root} has no tensor {name!r}")
+            if found in result:
+                raise CheckpointError(
+                    f"{info.path}: {result[found or ''].name!r} and {info.name!r} would both be {found!r}"
+                )
             result[found or name] = info
         return result
 
     def _require_same(self, name: str, found: str | None, info: TensorInfo) -> None:
-        own = self.base.tensors.get(found or "")
-        if own is None and self._tied() and name.endswith("lm_head.weight"):
-            own = next((t for n, t in self.base.tensors.items() if n.endswith("embed_tokens.weight")), None)
-        same = own is not None and own.shape == info.shape and own.dtype in FLOAT_DTYPES
-        if own is None or not same or _error(PlainReader(own), PlainReader(info)):
+        own = found or (self._table() if _is_head(name) else None)
+        tensor = self.base.tensors.get(own or "")
+        same = tensor is not None and tensor.shape == info.shape and tensor.dtype in FLOAT_DTYPES
+        if tensor is None or not same or _error(PlainReader(tensor), PlainReader(info)):
             raise CheckpointError(
                 f"{info.path}: tensor {info.name!r} is not the base's, and modules_to_save does not name it"
             )
+
+    def _match_originals(self) -> dict[str, str]:
+        """Quantized weight -> its name in `onto`."""
+        if self._originals is None or self.onto is None:
+            return {}
+        if self._originals.packed:
+            raise CheckpointError(f"{self.onto.root}: its weights are quantized; onto needs the original ones")
+        found = match_names(list(self._weights.packed), self._originals.shapes, self.onto.root)
+        for name in self._weights.packed:
+            if name not in found:
+                raise CheckpointError(
+                    f"{self.onto.root}: there is no tensor {name!r}, which {self.base.root} has quantized"
+                )
+            shape, want = self._originals.shapes[found[name]], self._weights.shapes[name]
+            if shape != want:
+                where = f"{found[name]} ({self.onto.tensors[found[name]].path})"
+                raise CheckpointError(f"{where} has shape {list(shape)}, the quantized one {list(want)}")
+        return found
+
+    def _table(self) -> str | None:
+        """The embedding's tensor if the head shares it."""
+        if not (self.base.config() or {}).get("tie_word_embeddings", False):
+            return None
+        return next((name for name in self._weights.shapes if name.endswith(_TABLES)), None)
 
     # ---- tasks -------------------------------------------------------------------------------------------------------
 
     def _make(self) -> list[Task]:
         tasks = []
-        members_of = {members["weight"]: members for members in self._groups.quantized.values()}
-        parts = {name for members in members_of.values() for name in members.values()}
         for name, info in self.base.tensors.items():
-            if name in members_of:
-                tasks += self._quantized_weight(name, members_of[name])
-            elif name not in parts:
+            if name in self._saved:
+                tasks.append(self._saved_tensor(name, self._saved[name]))
+            elif name in self._weights.packed:
+                tasks += self._quantized_weight(name)
+            elif name not in self._weights.parts:
                 tasks.append(self._plain_tensor(name, info))
         tasks += [self._saved_tensor(n, info) for n, info in self._saved.items() if n not in self.base.tensors]
-        table = next((n for n, layer in self._changes.items() if layer.kind == "embedding"), None)
-        if table is not None and self._tied() and not any(task.name.endswith("lm_head.weight") for task in tasks):
-            # The head shared the table, and the adapter changes only the table.
-            info = self.base.tensors[table]
-            head = Slot("lm_head.weight", info.dtype, info.shape)
-            tasks.append(Task(head.name, [head], info.nbytes, lambda out: copy(info, out, head.name)))
+        if any(task.name.endswith(_HEAD) for task in tasks):
+            return tasks
+        table = self._table()
+        if table is not None and (self._head is not None or table in self._changes or table in self._saved):
+            # The head shared the table, and the adapter changes only one of them.
+            weights = self._weights
+            tasks.append(
+                self._weight(_HEAD, weights.nbytes(table), lambda: weights.reader(table), self._head, None, None)
+            )
         return tasks
 
-    def _tied(self) -> bool:
-        settings = self.base.config() or {}
-        return bool(settings.get("tie_word_embeddings", False))
-
-    def _reader(self, members: Mapping[str, str]) -> QuantizedReader:
-        return QuantizedReader({part: self.base.tensors[name] for part, name in members.items()})
-
-    def _quantized_weight(self, name: str, members: Mapping[str, str]) -> list[Task]:
-        nbytes = sum(self.base.tensors[member].nbytes for member in members.values())
+    def _quantized_weight(self, name: str) -> list[Task]:
+        weights, originals = self._weights, self._originals
         layer, setting = self._changes.get(name), self._settings.get(name)
-        if name in self._saved:
-            return [self._saved_tensor(name, self._saved[name])]
-        if layer is None and self.onto is None and setting is not None and _same(self._reader(members).config, setting):
+        kept = setting is not None and _same(weights.quantized(name).config, setting)
+        if layer is None and kept and (originals is None or len(weights.shapes[name]) != 2):
+            assert setting is not None
             self._used[name] = setting
-            return [self._copy(self.base.tensors[member]) for member in members.values()]
-
-        def reader() -> Reader:
-            return self._reader(members) if self.onto is None else self._original(name)
-
-        before = (lambda: self._reader(members)) if self.onto is not None else None
-        return [self._weight(name, nbytes, reader, layer, setting, before)]
-
-    def _original(self, name: str) -> Reader:
-        assert self.onto is not None
-        found = _find(name, self.onto.tensors)
-        if found is None:
-            raise CheckpointError(
-                f"{self.onto.root}: there is no tensor {name!r}, which {self.base.root} has quantized"
+            return [self._copy(self.base.tensors[member]) for member in weights.packed[name].values()]
+        if originals is None:
+            return [self._weight(name, weights.nbytes(name), lambda: weights.quantized(name), layer, setting, None)]
+        original = self._original_of[name]
+        return [
+            self._weight(
+                name,
+                weights.nbytes(name),
+                lambda: originals.reader(original),
+                layer,
+                setting,
+                lambda: weights.quantized(name),
             )
-        reader = PlainReader(self.onto.tensors[found])
-        want = self._reader(next(m for m in self._groups.quantized.values() if m["weight"] == name)).shape
-        if reader.shape != want:
-            raise CheckpointError(f"{reader.name} has shape {list(reader.shape)}, the quantized one {list(want)}")
-        return reader
+        ]
 
     def _plain_tensor(self, name: str, info: TensorInfo) -> Task:
         layer, setting = self._changes.get(name), self._settings.get(name)
-        if name in self._saved:
-            return self._saved_tensor(name, self._saved[name])
-        if layer is None and setting is None:
+        if layer is None and setting is None and name not in self._weights.fp8:
             return self._copy(info)
-        return self._weight(name, info.nbytes, lambda: PlainReader(info), layer, setting, None)
+        return self._weight(name, info.nbytes, lambda: self._weights.reader(name), layer, setting, None)
 
     def _copy(self, info: TensorInfo) -> Task:
         return Task(info.name, [Slot(info.name, info.dtype, info.shape)], info.nbytes, lambda out: copy(info, out))
@@ -502,9 +484,10 @@ class _Plan:
         sink = PlainSink(name, dtype)
 
         def run(out: Output) -> dict[str, Any]:
-            return pump(PlainReader(info), PlainSink(name, dtype), out, info.nbytes)
+            return pump(FiniteReader(PlainReader(info)), PlainSink(name, dtype), out, info.nbytes)
 
-        return Task(name, sink.slots(info.shape), info.nbytes, run, *least_memory(PlainReader(info), sink))
+        least = least_memory(FiniteReader(PlainReader(info)), sink)
+        return Task(name, sink.slots(info.shape), info.nbytes, run, *least)
 
     def _weight(
         self,
@@ -560,32 +543,51 @@ class _Plan:
         settings = self.base.config()
         if settings is None:
             return files
-        settings.pop("quantization_config", None)
+        block = settings.pop("quantization_config", None)
         if self._to is not None and self._to in PLAIN:
             for key in ("torch_dtype", "dtype"):
                 if key in settings:
                     settings[key] = str(PLAIN[self._to]).removeprefix("torch.")
         elif self._used and self._to is not None:
-            config = QuantConfig(self._to)
             dtype = str(settings.get("dtype") or settings.get("torch_dtype") or "bfloat16")
-            settings["quantization_config"] = bnb.quantization_config(config, self._used.values(), dtype, self._kept)
-        names = {task.name for task in self.tasks}
-        if any(name.endswith("lm_head.weight") for name in names - self.base.tensors.keys()):
+            experts = any(len(self._weights.shapes[name]) != 2 for name in self._used)
+            settings["quantization_config"] = bnb.quantization_config(
+                _settings_of(self._used, block), self._used.values(), dtype, self._kept, experts
+            )
+        changed = (
+            {task.name for task in self.tasks} - self.base.tensors.keys() | self._changes.keys() | self._saved.keys()
+        )
+        if self._table() is not None and any(_is_head(name) or name == self._table() for name in changed):
             settings["tie_word_embeddings"] = False
             self.notes.append("the head shared the embedding's weight and has its own now")
         files["config.json"] = (json.dumps(settings, indent=2) + "\n").encode()
         return files
 
 
-def _find(name: str, known: Mapping[str, Any]) -> str | None:
-    """`name` as the file has it, where the base model's prefix may be missing on either side."""
-    if name in known:
-        return name
-    inner = name.partition(".")[2]
-    if inner in known:
-        return inner
-    ends = [other for other in known if other.endswith(f".{name}") and other.count(".") == name.count(".") + 1]
-    return ends[0] if len(ends) == 1 else None
+def _is_head(name: str) -> bool:
+    return name == _HEAD or name.endswith(f".{_HEAD}")
+
+
+def _settings_of(used: Mapping[str, QuantConfig], block: Any) -> QuantConfig:
+    """The settings that weights really have, as one configuration: the most frequent ones, and overrides for others.
+
+    Args:
+        block: the base's `quantization_config`, which may say what was skipped.
+    """
+    try:
+        base = QuantConfig.from_dict(block["nybble"])
+    except (KeyError, TypeError, ValueError):  # not by nybble, or not by this version of it
+        base = QuantConfig()
+    modules = {bnb.module_of(name) if name.endswith("weight") else name: setting for name, setting in used.items()}
+    plain = {module: replace(setting, skip=(), include=(), overrides={}) for module, setting in modules.items()}
+    common = Counter(plain.values()).most_common(1)[0][0]
+    overrides: dict[str, Any] = {pattern: None for pattern, override in base.overrides.items() if override is None}
+    for module, setting in plain.items():
+        if setting != common:
+            fields = ("format", "block_size", "double_quant", "search")
+            overrides[module] = {field: getattr(setting, field) for field in fields}
+    skip = tuple(pattern for pattern in base.skip if not any(match_module(module, pattern) for module in modules))
+    return replace(common, skip=skip, include=base.include, overrides=overrides)
 
 
 def _same(a: QuantConfig, b: QuantConfig) -> bool:

@@ -132,7 +132,12 @@ class CheckpointReport:
         }
 
     def write(self, path: Path) -> list[Path]:
-        """Write the figures to `path` (JSON) and, with matplotlib, a plot beside it (.png); returns the files."""
+        """Write the figures to `path` (JSON) and, with matplotlib, a plot beside it (.png); returns the files.
+
+        Raises:
+            ValueError: see `check_report_path`.
+        """
+        check_report_path(path)
         written = [path]
         with Staging(path.parent) as staging:
             staging.write(path.name, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
@@ -145,6 +150,17 @@ class CheckpointReport:
                 staging.write(written[1].name, picture)
             staging.commit()
         return written
+
+
+def check_report_path(path: Path) -> None:
+    """Raises ValueError unless `path` can be a JSON file with a plot of another name beside it."""
+    if path.is_dir() or not path.name:
+        raise ValueError(f"report: {path} is a directory; the name of a JSON file is needed")
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise ValueError(f"report: {path} lies below {above}, which is a file")
+    if path.suffix.lower() == ".png":
+        raise ValueError(f"report: {path} is the name of the plot, which is put beside the figures; give a .json file")
 
 
 def _plot(report: CheckpointReport) -> bytes:

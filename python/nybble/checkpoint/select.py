@@ -89,7 +89,11 @@ def _refuse_quantized(source: Source) -> None:
 
 
 def _find_scales(source: Source, result: Selection) -> None:
-    """Pair fp8 weights with their scales."""
+    """Pair fp8 weights with their scales.
+
+    Raises:
+        CheckpointError: config.json says that there are scales, or a name beside the weight does, but none is found.
+    """
     method = source_quantization(source.config())
     for name, info in source.tensors.items():
         if info.dtype not in FP8_DTYPES:
@@ -104,11 +108,31 @@ def _find_scales(source: Source, result: Selection) -> None:
         result.scales[name] = None if scale is None else source.tensors[scale]
         if scale is not None:
             result.dropped.add(scale)
+    _refuse_other_scales(source, result)
     size = ((source.config() or {}).get("quantization_config") or {}).get("weight_block_size")
     if size is not None:
         if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
             raise CheckpointError(f"{source.root / 'config.json'}: weight_block_size is {size!r}, not two sizes")
         result.tile = (size[0], size[1])
+
+
+def _refuse_other_scales(source: Source, result: Selection) -> None:
+    """Whatever else is called a scale beside an fp8 weight would have to be applied, in a way that is not known."""
+    beside: dict[str, list[str]] = {}
+    for name, info in source.tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        known = name in result.dropped or _ACTIVATION_SCALE.match(f".{leaf}") or info.dtype in FP8_DTYPES
+        if "scale" in leaf.lower() and not known:
+            beside.setdefault(owner, []).append(name)
+    for name, scale in result.scales.items():
+        others = beside.get(name.rpartition(".")[0], [])
+        other = next((o for o in others if scale is None or o.startswith(f"{name}_")), None)
+        if other is not None:
+            info = source.tensors[name]
+            raise CheckpointError(
+                f"{info.path}: tensor {name!r} is {info.dtype}, and what its scale {other!r} means is not known; "
+                f"{name}_scale_inv and {name}_scale are"
+            )
 
 
 def is_experts(name: str, info: TensorInfo) -> bool:
@@ -182,10 +206,13 @@ def select(source: Source, config: QuantConfig) -> Selection:
         result.notes.append(f"{by_name} linear weights have no counterpart in the model class: their names decided")
     if not result.settings:
         raise CheckpointError(f"{source.root}: no weight of a linear layer to quantize (skip={list(config.skip)})")
-    if result.scales:
-        result.notes.append(
-            f"{len(result.scales)} fp8 weights were decoded by their scales; others of them are bf16 now"
-        )
+    scaled = sum(scale is not None for scale in result.scales.values())
+    for count, how in (
+        (scaled, "were decoded by their scales"),
+        (len(result.scales) - scaled, "have no scales: their values were taken as they are"),
+    ):
+        if count:
+            result.notes.append(f"{count} fp8 weights {how}; those not quantized are bf16 now")
     converted = {modules[name] for name in result.settings}
     left = set(architecture.linear | architecture.transposed) if architecture else set(modules.values())
     if "lm_head" not in converted and architecture is None:

@@ -234,7 +234,11 @@ def fingerprint(source: Source, files: Mapping[str, bytes | Path]) -> dict[str, 
         with path.open("rb") as file:
             header = file.read(8)
             header += file.read(int.from_bytes(header, "little"))
-        shards[path.name] = [state.st_size, state.st_mtime_ns, hashlib.sha256(header).hexdigest()]
+        shards[path.relative_to(source.root).as_posix()] = [
+            state.st_size,
+            state.st_mtime_ns,
+            hashlib.sha256(header).hexdigest(),
+        ]
     others: dict[str, Any] = {}
     for name, content in files.items():
         if isinstance(content, Path):

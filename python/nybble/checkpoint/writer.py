@@ -35,6 +35,16 @@ class StorageFullError(OSError):
         return f"{self.strerror}; {self.outcome}"
 
 
+def make_directory(path: Path) -> list[Path]:
+    """Make a directory and those above it that are missing, for good; returns the ones made, the innermost first."""
+    made = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in reversed(made):
+        with contextlib.suppress(PermissionError):  # a directory may be written to and searched, but not read
+            sync_directory(folder.parent)
+    return made
+
+
 @contextlib.contextmanager
 def full_disk_names(path: Path) -> Iterator[None]:
     """Turn "no space left" into an error that names the file being written."""
@@ -55,14 +65,14 @@ class Staging:
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
-        self._made = False
+        self._made: list[Path] = []
         self._open: dict[str, BinaryIO] = {}
         self._names: list[str] = []
+        self._folders: list[Path] = []  # made for files, the outermost first
 
     def __enter__(self) -> Staging:
-        self._made = not self.directory.exists()
         with full_disk_names(self.directory):
-            self.directory.mkdir(parents=True, exist_ok=True)
+            self._made = make_directory(self.directory)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, tb: TracebackType | None) -> None:
@@ -72,12 +82,9 @@ class Staging:
         self._open.clear()
         for name in self._names:
             self._temporary(name).unlink(missing_ok=True)
-        if self._made:
-            for folder in sorted({(self.directory / name).parent for name in self._names}, reverse=True):
-                with contextlib.suppress(OSError):  # not empty: committed
-                    folder.rmdir()
-            with contextlib.suppress(OSError):
-                self.directory.rmdir()
+        for folder in [*reversed(self._folders), *self._made]:
+            with contextlib.suppress(OSError):  # not empty: committed
+                folder.rmdir()
 
     def _temporary(self, name: str) -> Path:
         path = self.directory / name
@@ -87,7 +94,7 @@ class Staging:
         """A new binary file that `commit` will call `name`; close it with `close(name)`."""
         path = self._temporary(name)
         with full_disk_names(self.directory / name):
-            path.parent.mkdir(parents=True, exist_ok=True)
+            self._folders += reversed(make_directory(path.parent))
             file = path.open("wb", buffering=0)
         self._names.append(name)
         self._open[name] = file
@@ -107,13 +114,14 @@ class Staging:
         self.close(name)
 
     def commit(self) -> None:
-        """Give every file its final name and sync the directory."""
+        """Give every file its final name and sync the directories."""
         for name in list(self._open):
             self.close(name)
         for name in self._names:
             os.replace(self._temporary(name), self.directory / name)
+        for folder in {(self.directory / name).parent for name in self._names} | {self.directory}:
+            sync_directory(folder)
         self._names.clear()
-        sync_directory(self.directory)
 
 
 def write_all(file: BinaryIO, data: bytes | memoryview) -> None:

@@ -84,9 +84,12 @@ def command(
     memory = None if max_memory is None else parse_size(max_memory)
     from rich.console import Console
 
+    from ..checkpoint.report import check_report_path
     from ..checkpoint.stream import quantize
     from ..formats import QuantConfig
 
+    if report is not None:
+        check_report_path(report)
     config = QuantConfig(
         format=format,
         block_size=block_size,

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..errors import PatternError
+from ..errors import NonFiniteError, PatternError
 from ..tensor import QuantTensor
 from .linear import QuantLinear
 from .lora import LoRALinear
@@ -59,6 +59,7 @@ def init_from_residual(
     Raises:
         ValueError: an argument is not allowed, no layer fits, or a weight has another shape; names it.
         PatternError: `original` lacks a layer's weight.
+        NonFiniteError: a weight holds NaN or infinity; names it, and no layer is changed.
     """
     if method not in METHODS:
         raise ValueError(f"method is {method!r}; allowed are {', '.join(METHODS)}")
@@ -78,16 +79,30 @@ def init_from_residual(
             raise PatternError(f"original: there is no weight {name!r}")
         if layer.dora:
             raise ValueError(f"{path}: DoRA layers start at their base's norms; residual starts are for plain LoRA")
+    for path, layer in layers.items():
+        _check(path, layer, weights)
     return {path: _init(path, layer, weights[f"{path}.weight"], method, iterations) for path, layer in layers.items()}
+
+
+def _check(path: str, layer: LoRALinear, weights: Mapping[str, Tensor]) -> None:
+    """Before anything is changed: a layer's weight has its shape and is finite."""
+    name = f"{path}.weight"
+    weight = weights[name]
+    want = [layer.base.out_features, layer.base.in_features]
+    if list(weight.shape) != want:
+        raise ValueError(f"original: {name} has shape {list(weight.shape)}; the layer needs {want}")
+    finite = torch.isfinite(weight).reshape(-1)
+    if not bool(finite.all()):
+        index, count = int((~finite).to(torch.uint8).argmax()), int((~finite).sum())
+        where = weights.where(name) if isinstance(weights, _Checkpoint) else name
+        detail = f"the value at flat index {index}, row-major in {list(weight.shape)}, is not finite"
+        raise NonFiniteError(f"original: {where}", index, count, detail)
 
 
 def _init(path: str, layer: LoRALinear, weight: Tensor, method: str, iterations: int) -> ResidualRow:
     base = layer.base
     assert isinstance(base, QuantLinear)
     exact = weight.float().to(base.weight.device)
-    if tuple(exact.shape) != (base.out_features, base.in_features):
-        want = [base.out_features, base.in_features]
-        raise ValueError(f"original: {path}.weight has shape {list(exact.shape)}; the layer needs {want}")
     norm = torch.linalg.vector_norm(exact).clamp_min(torch.finfo(torch.float32).tiny)
 
     def error(update: Tensor | float) -> float:
@@ -137,6 +152,9 @@ class _Checkpoint(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self._read(self._source.tensors[name])
+
+    def where(self, name: str) -> str:
+        return f"{name} ({self._source.tensors[name].path})"
 
     def __iter__(self):  # type: ignore[no-untyped-def]
         return iter(self._source.tensors)
