@@ -50,7 +50,7 @@ class DestinationExistsError(FileExistsError):
     """The place to write to exists already and is not empty."""
 
 
-class CalibrationError(ValueError):
+class CalibrationError(CheckpointError):
     """A model cannot be calibrated, or not on the text that was given."""
 
 

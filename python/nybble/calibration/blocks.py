@@ -19,6 +19,7 @@ from ..checkpoint.files import Source, TensorInfo
 from ..checkpoint.load import Names, Reader, skeleton
 from ..checkpoint.slabs import FP8_DTYPES, ScaledReader
 from ..errors import CalibrationError
+from ..training.evaluate import check_length, check_vocabulary
 
 _INPUT = "hidden_states"
 
@@ -52,18 +53,17 @@ class Blocks:
 
     Attributes:
         path: of the list of blocks in the model, such as "model.layers". count: how many blocks.
-        hidden: fp32 [samples, tokens, width], before block 0. Overwritten by whoever walks through the blocks.
+        hidden: fp32 [samples, tokens, width], after `look` what comes before block 0. Overwritten by whoever walks
+            through the blocks.
         files: name of a block's parameter in the model -> name of the tensor in the files.
     """
 
-    def __init__(
-        self, source: Source, tokens: Tensor, scales: Mapping[str, TensorInfo | None], tile: tuple[int, int]
-    ) -> None:
-        """`tokens`: int64 [samples, tokens]. `scales`, `tile`: of fp8 weights, as in `checkpoint.select.Selection`.
+    def __init__(self, source: Source, scales: Mapping[str, TensorInfo | None], tile: tuple[int, int]) -> None:
+        """`scales`, `tile`: of fp8 weights, as in `checkpoint.select.Selection`.
 
         Raises:
-            CalibrationError: the model is not one stack of blocks, or needs more than token ids.
-            CheckpointError: a file is damaged or does not fit the model.
+            CalibrationError: the model is not one stack of blocks.
+            CheckpointError: transformers cannot build it.
         """
         self._source, self._scales, self._tile = source, scales, tile
         self._model = skeleton(source.root, torch.float32).eval()
@@ -74,8 +74,25 @@ class Blocks:
         self._reader = Reader(source, "cpu")
         self.files = self._resolve()
         self._calls: list[list[Call]] = []
-        with torch.no_grad():
+
+    def look(self, tokens: Tensor) -> None:
+        """Run what comes before the blocks on tokens, int64 [samples, tokens], unless that is done already.
+
+        Raises:
+            CalibrationError: the model needs more than token ids, or its files lack a tensor.
+        """
+        if not self._calls:
+            check_vocabulary(self._model, tokens, "calibration data")
+            check_length(self._model, tokens.shape[1], "seq")
             self._look(tokens)
+
+    def least_memory(self, tokens: Tensor) -> int:
+        """About what the hidden states, one block in fp32 and its activations on one sample take, in bytes."""
+        config = self._model.config
+        width = int(getattr(config, "hidden_size", 0) or getattr(config, "n_embd", 0) or 0)
+        block = max(sum(math.prod(p.shape) for p in module.parameters()) for module in self._stack)
+        widest = max(max(p.shape) for module in self._stack for p in module.parameters())
+        return 4 * (tokens.numel() * width + block + tokens.shape[1] * (8 * width + 4 * widest))
 
     def _resolve(self) -> dict[str, str]:
         names = Names(self._model)

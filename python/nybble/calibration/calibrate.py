@@ -41,6 +41,7 @@ class Calibrator:
     Attributes:
         order: names of the tensors that it makes, in the order in which it wants to be asked.
         blocks: block of each of them.
+        nbytes: about what it takes at most: activations, a block in fp32, moments.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class Calibrator:
         Raises:
             CalibrationError: the model is not one stack of blocks, or none of its weights is in one.
         """
-        self._blocks = Blocks(source, tokens, selection.scales, selection.tile)
+        self._blocks = Blocks(source, selection.scales, selection.tile)
         self._rounding = rounding
         self._layers: list[list[Layer]] = [[] for _ in range(self._blocks.count)]
         prefix = f"{self._blocks.path}."
@@ -66,6 +67,10 @@ class Calibrator:
         if not self.order:
             raise CalibrationError(f"{source.root}: none of the weights to quantize is in a block of {prefix[:-1]!r}")
         self.blocks = {layer.tensor: index for index, layers in enumerate(self._layers) for layer in layers}
+        self._tokens = tokens
+        self.nbytes = self._blocks.least_memory(tokens) + max(
+            _rounding_bytes(source.tensors[layer.tensor].shape) for layers in self._layers for layer in layers
+        )
         self._next = 0
         self._made: dict[str, Rounded | None] = {}
 
@@ -77,6 +82,7 @@ class Calibrator:
         index = self.blocks[tensor]
         with torch.no_grad():
             if tensor not in self._made:
+                self._blocks.look(self._tokens)
                 if index < self._next:
                     raise AssertionError(f"{tensor} is asked for after a later block")
                 while self._next < index:
@@ -88,7 +94,7 @@ class Calibrator:
             layer = next(layer for layer in self._layers[index] if layer.tensor == tensor)
             plain = QuantTensor.quantize(weight, layer.config, tensor)
             plain.dtype = layer.dtype
-            made = Rounded(plain, float("nan"), float("nan"))
+            made = Rounded(plain)
         return weight, made
 
     @property
@@ -124,3 +130,9 @@ class Calibrator:
 
 def _set_weight(block: nn.Module, path: str, weight: Tensor) -> None:
     block.get_submodule(path)._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+
+
+def _rounding_bytes(shape: tuple[int, ...]) -> int:
+    """What rounding a weight [N, K] takes: H, H in order, U and two for making it; the weight a few times over."""
+    rows, columns = shape
+    return 4 * (5 * columns * columns + 4 * rows * columns)

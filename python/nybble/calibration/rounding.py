@@ -52,11 +52,14 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantized weight, and the relative RMS error of the layer's outputs: by the plain rule, and as it is now."""
+    """A quantized weight, and the relative RMS error of the layer's outputs: by the plain rule, and as it is now.
+
+    Both are None where no sample reached the layer.
+    """
 
     tensor: QuantTensor
-    error_plain: float
-    error: float
+    error_plain: float | None = None
+    error: float | None = None
 
 
 class Moments:

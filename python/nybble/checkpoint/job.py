@@ -258,6 +258,7 @@ class Job:
         self._started = self._committed = self._spoiled = False
         self._earlier = 0  # records of an earlier run
         self.resumed = 0
+        self._kept: dict[str, tuple[Task, dict[str, Any]]] = {}
 
     def __enter__(self) -> Job:
         return self
@@ -419,6 +420,7 @@ class Job:
         if earlier is not None and self._is_intact(task, shard, earlier):
             with self._tick_lock:
                 self.resumed += 1
+                self._kept[task.name] = (task, earlier)
             advance(task.nbytes)
             return earlier
         room = min(_MAX_ROOM, max(task.widest, share - task.fixed))
@@ -449,6 +451,20 @@ class Job:
                 f"{task.name!r}: out of memory; the same call goes on from what is done: give it fewer workers, or a "
                 f"lower max_memory"
             ) from error
+
+    def kept(self, name: str) -> dict[str, bytes]:
+        """The tensors of a task that an earlier run has done and that this one, come to it, found intact."""
+        task, record = self._kept[name]
+        shard = self._place[name]
+        found = {}
+        for slot in task.slots:
+            if slot.shape is None:
+                found[slot.name] = record["texts"][slot.name].encode()
+                continue
+            data = bytearray(slot.nbytes)
+            shard.read_into(shard.layout.position(slot.name), memoryview(data))
+            found[slot.name] = bytes(data)
+        return found
 
     def _is_intact(self, task: Task, shard: _Shard, earlier: dict[str, Any]) -> bool:
         """Whether the file still holds what an earlier run wrote."""

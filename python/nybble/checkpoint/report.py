@@ -22,6 +22,8 @@ class TensorReport:
         bits_per_weight: of its codes and scales.
         relative_error: ||W - Wq|| / ||W|| in Frobenius norms, which is also the RMS of the error over that of W.
         max_error: the largest |W - Wq|.
+        output_error, output_error_plain: of a calibrated weight: relative RMS error of the layer's outputs on the
+            calibration text, and what it would be with the plain rule (the block's largest magnitude, nearest codes).
     """
 
     name: str
@@ -31,6 +33,8 @@ class TensorReport:
     bits_per_weight: float
     relative_error: float
     max_error: float = 0.0
+    output_error: float | None = None
+    output_error_plain: float | None = None
 
     @property
     def snr(self) -> float:
@@ -91,6 +95,16 @@ class CheckpointReport:
         """The tensors' relative errors, averaged with their sizes as weights."""
         return self._mean([row.relative_error for row in self.tensors])
 
+    @property
+    def mean_output_error(self) -> tuple[float, float] | None:
+        """(plain rule, as written): the calibrated weights' output errors, averaged alike; None without calibration."""
+        rows = [row for row in self.tensors if row.output_error is not None and row.output_error_plain is not None]
+        if not rows:
+            return None
+        total = sum(row.numel for row in rows)
+        plain = sum((row.output_error_plain or 0.0) * row.numel for row in rows)
+        return plain / total, sum((row.output_error or 0.0) * row.numel for row in rows) / total
+
     def _mean(self, values: list[float]) -> float:
         total = self.quantized_parameters
         return sum(v * row.numel for v, row in zip(values, self.tensors, strict=True)) / total if total else 0.0
@@ -112,6 +126,10 @@ class CheckpointReport:
         table.add_row("size before", format_bytes(self.bytes_before))
         table.add_row("size after", format_bytes(self.bytes_after))
         table.add_row("mean relative error", f"{self.mean_relative_error:.4f}")
+        if self.mean_output_error is not None:
+            before, after = self.mean_output_error
+            table.add_row("mean error of outputs, plain rule", f"{before:.4f}")
+            table.add_row("mean error of outputs, calibrated", f"{after:.4f}")
         return table
 
     def to_dict(self) -> dict[str, Any]:
