@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .integrations import hook as _hook
 
 if TYPE_CHECKING:
+    from .calibration import Calibration, Comparison, Rounding, compare
     from .checkpoint import combine_adapters, load_adapter, load_into, merge, quantize, save_adapter, unmerge
     from .checkpoint.gguf import GGUFReport, export_gguf, import_gguf
     from .checkpoint.load import load
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "calibration": ("Calibration", "Comparison", "Rounding", "compare"),
     "checkpoint": (
         "combine_adapters",
         "load",
@@ -45,6 +47,8 @@ _HOMES = {
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "Calibration",
+    "Comparison",
     "Explanation",
     "GGUFReport",
     "LoRAConfig",
@@ -54,11 +58,13 @@ __all__ = [
     "QuantLinear",
     "QuantTensor",
     "QuantizeReport",
+    "Rounding",
     "TrainConfig",
     "TrainReport",
     "active_isa",
     "add_lora",
     "combine_adapters",
+    "compare",
     "explain",
     "export_gguf",
     "finetune",

@@ -69,7 +69,7 @@ NESTED_BLOCK_SIZE = 256
 
 _CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}
 _FORMATS = (*_CODEBOOKS, "int8")
-_SEARCHES = ("absmax", "mse")
+_SEARCHES = ("absmax", "mse", "square")
 _COMPUTES = (None, "int8")
 _OVERRIDABLE = ("format", "block_size", "double_quant", "search", "compute")
 
@@ -157,7 +157,9 @@ class QuantConfig:
         block_size: consecutive elements of the flattened weight that share a scale, one of `BLOCK_SIZES`; int8 has one
             scale a row and ignores it.
         double_quant: store the block scales themselves in 8 bits (4-bit formats only).
-        search: "absmax" (bit-exact with bitsandbytes) or "mse" (scale of least squared error; same file format).
+        search: how a block's scale is found; the file format is the same. "absmax": bit-exact with bitsandbytes; "mse":
+            the scale of least squared error; "square": the same with every error weighed by the square of its weight,
+            which keeps the large weights right.
         compute: None (activations keep their precision) or "int8": each row of x is rounded to int8 on the fly and
             multiplied in integers, for speed. That adds to every activation an error of up to half a step, which is
             the row's absmax / 254, and to every 4-bit weight one of up to 1 / 254 of the largest magnitude within
@@ -194,8 +196,10 @@ class QuantConfig:
             raise FormatError(f"double_quant is {self.double_quant!r}; it must be True or False")
         if self.search not in _SEARCHES:
             raise FormatError(f"search is {self.search!r}; allowed are {', '.join(_SEARCHES)}")
-        if self.search == "mse" and self.format == "int8":
-            raise FormatError("search is 'mse', which 4-bit formats take; format 'int8' allows only 'absmax'")
+        if self.search != "absmax" and self.format == "int8":
+            raise FormatError(
+                f"search is {self.search!r}, which 4-bit formats take; format 'int8' allows only 'absmax'"
+            )
         if self.compute not in _COMPUTES:
             raise FormatError(
                 f"compute is {self.compute!r}; allowed are None (activations keep their precision) and 'int8' "

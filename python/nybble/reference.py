@@ -333,9 +333,7 @@ def pick_codes(blocks: Tensor, scales: Tensor, codebook: Tensor) -> Tensor:
     return order.to(torch.uint8)[torch.bucketize(s, midpoints)]
 
 
-def mse_scales(
-    blocks: Tensor, absmax: Tensor, codebook: Tensor, n: int, weights: Tensor | None = None
-) -> Tensor:
+def mse_scales(blocks: Tensor, absmax: Tensor, codebook: Tensor, n: int, weights: Tensor | None = None) -> Tensor:
     """Per block, the scale of least squared error among 33 sets of codes; fp32 [nb]. Only n elements are real.
 
     With `weights` (float64, as `blocks`) every product below is weighed by them.

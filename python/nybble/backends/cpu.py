@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core, reference  # after torch: the core shares its OpenMP runtime
-from ..errors import FormatError, LayoutError
+from ..errors import LayoutError
 from ..formats import NESTED_BLOCK_SIZE, check_block_size, dynamic_map
 from .weight import BoundWeight, PackedWeight
 

@@ -258,7 +258,7 @@ def _find_stack(model: nn.Module) -> str:
 def _replaced(modules: Mapping[int, nn.Module], stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """Modules whose forward is a stub for a while."""
     for index, module in modules.items():
-        module.forward = stub(index)  # type: ignore[method-assign]
+        module.forward = stub(index)
     try:
         yield
     finally:

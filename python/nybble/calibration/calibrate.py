@@ -18,7 +18,8 @@ from ..formats import QuantConfig
 from ..tensor import QuantTensor
 from . import moments
 from .blocks import Blocks
-from .rounding import Moments, Rounded, Rounding, round_weight
+from .rounding import Moments, Rounded, round_weight
+from .settings import Rounding
 
 if TYPE_CHECKING:
     from ..checkpoint.files import Source
@@ -45,7 +46,12 @@ class Calibrator:
     """
 
     def __init__(
-        self, source: Source, selection: Selection, tokens: Tensor, rounding: Rounding, dtypes: Mapping[str, torch.dtype]
+        self,
+        source: Source,
+        selection: Selection,
+        tokens: Tensor,
+        rounding: Rounding,
+        dtypes: Mapping[str, torch.dtype],
     ) -> None:
         """`dtypes`: what each weight to quantize is said to be of.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .rounding import Rounding
+from .settings import Rounding
 
 Text = str | os.PathLike[str] | Sequence[str] | Sequence[int] | Tensor
 
@@ -33,7 +33,7 @@ class Calibration:
     data: Text = field(hash=False)
     samples: int = 16
     seq: int = 512
-    rounding: Rounding = Rounding()
+    rounding: Rounding = field(default_factory=Rounding)
 
     def __post_init__(self) -> None:
         for name, least in (("samples", 1), ("seq", 2)):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -69,11 +69,8 @@ def inputs(block: nn.Module, calls: Sequence[Call], hidden: Tensor, name: str) -
     """For every sample what the linear layer `name` is given, fp32 [tokens, K]; None if it is not reached."""
     module = block.get_submodule(name)
     for call, sample in zip(calls, hidden, strict=True):
-        with _caught(module) as caught:
-            try:
-                call.on(block, sample[None])
-            except StopBlock:
-                pass
+        with _caught(module) as caught, suppress(StopBlock):
+            call.on(block, sample[None])
         yield caught[0].reshape(-1, caught[0].shape[-1]) if caught else None
 
 

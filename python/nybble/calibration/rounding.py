@@ -17,37 +17,12 @@ from ..errors import CalibrationError
 from ..formats import NESTED_BLOCK_SIZE, QuantConfig, dynamic_map
 from ..reference import MIN_ABSMAX
 from ..tensor import QuantTensor
+from .settings import Rounding
 
 # Rows whose scales are fitted at once: their systems of equations take rows * (columns / block)^2 * 4 bytes.
 _FIT_BYTES = 64 << 20
 # A fitted scale may not leave what its first estimate allows: beyond, the system is ill-conditioned.
 _FIT_RANGE = (0.5, 1.5)
-
-
-@dataclass(frozen=True)
-class Rounding:
-    """How codes are picked once the moments are known.
-
-    Attributes:
-        damping: share of the mean of H's diagonal that is added to the diagonal.
-        act_order: columns with large inputs first (GPTQ's `desc_act`), else from left to right. Scales stay those of
-            the file's blocks, so it costs nothing at run time.
-        sweeps: of coordinate descent over all columns, after the first pass and after each refit; 0 for none.
-        refits: times that the scales are fitted anew to the codes (least squares in H) and the codes to the scales.
-    """
-
-    damping: float = 0.01
-    act_order: bool = True
-    sweeps: int = 3
-    refits: int = 0
-
-    def __post_init__(self) -> None:
-        if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 1):
-            raise ValueError(f"damping is {self.damping!r}; it must be a number above 0, at most 1")
-        for name in ("sweeps", "refits"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} is {value!r}; it must be a whole number, 0 or more")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..calibration.settings import Rounding
+
+_ROUNDING = Rounding()
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _NUMBERS = {"block_size": int}
 _SWITCHES = {"double_quant": {"true": True, "false": False}}
@@ -54,7 +57,7 @@ def command(
     format: Annotated[str, typer.Option("--format", "-f", help="nf4, fp4, int4 or int8.")] = "nf4",
     block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64, ... 4096.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
-    search: Annotated[str, typer.Option(help="How a scale is chosen: absmax or mse.")] = "absmax",
+    search: Annotated[str, typer.Option(help="How a scale is chosen: absmax, mse or square.")] = "absmax",
     include: Annotated[
         list[str] | None, typer.Option(help="Name pattern of the only layers to quantize; repeatable.")
     ] = None,
@@ -77,6 +80,23 @@ def command(
     report: Annotated[
         Path | None, typer.Option(help="Write the error of every weight to this JSON file, and a plot beside it.")
     ] = None,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            help="Round by what the layers do to this text, for a better model in the same files: a text file, a "
+            '.jsonl file of {"text": ...}, or a directory of them.'
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Windows of the text to calibrate on.")] = 16,
+    seq: Annotated[int, typer.Option(help="Tokens in such a window.")] = 512,
+    damping: Annotated[
+        float, typer.Option(help="Of the second moments: a share of their diagonal's mean is added to it.")
+    ] = _ROUNDING.damping,
+    sweeps: Annotated[int, typer.Option(help="Sweeps of coordinate descent over the codes.")] = _ROUNDING.sweeps,
+    refits: Annotated[int, typer.Option(help="Times to fit the scales to the codes.")] = _ROUNDING.refits,
+    act_order: Annotated[
+        bool, typer.Option(help="Round columns with large inputs first, else from left to right.")
+    ] = _ROUNDING.act_order,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in DST.")] = False,
 ) -> None:
     """Quantize the linear layers of a checkpoint, in bounded memory. Interrupted, the same command goes on."""
@@ -99,8 +119,22 @@ def command(
         include=tuple(include or ()),
         overrides=parse_overrides(override or ()),
     )
+    calibration = None
+    if calibrate is not None:
+        from ..calibration import Calibration, Rounding
+
+        rounding = Rounding(damping=damping, act_order=act_order, sweeps=sweeps, refits=refits)
+        calibration = Calibration(calibrate, samples=samples, seq=seq, rounding=rounding)
     result = quantize(
-        src, dst, config, max_shard_size=limit, max_memory=memory, workers=workers, restart=restart, progress=True
+        src,
+        dst,
+        config,
+        max_shard_size=limit,
+        max_memory=memory,
+        workers=workers,
+        restart=restart,
+        progress=True,
+        calibration=calibration,
     )
     console = Console()
     console.print(result.table())
