@@ -21,7 +21,7 @@ constexpr int64_t kRoundRows = kRoundVectors * kLanes;
 constexpr int64_t kRoundBlock = 128;
 constexpr int kRoundTogether = 4;  // positions in registers
 
-// How a value becomes a code: 4 bits by the rule of codec_4bit.inl, int8 by rounding to the nearest.
+// How a value becomes a code: the nearest one.
 struct CodePicker {
   bool int8;
   SortedCodebook sorted;
@@ -34,7 +34,10 @@ static CodePicker code_picker(const RoundArgs& args) {
   picker.int8 = args.codebook == nullptr;
   if (!picker.int8) {
     picker.sorted = sort_codebook(args.codebook);
-    picker.thresholds = load_thresholds(picker.sorted.threshold);
+    // Halfway between two codes, also beyond [-1, 1]: int4's lowest code lies there, which the plain rule never picks.
+    float* threshold = picker.sorted.threshold;
+    for (int i = 0; i < 15; ++i) threshold[i] = (picker.sorted.code[i] + picker.sorted.code[i + 1]) / 2.0F;
+    picker.thresholds = load_thresholds(threshold);
     picker.codes = load_table(picker.sorted.code);
   }
   return picker;

@@ -448,7 +448,11 @@ def _scale_per_element(absmax: Tensor, codebook: Tensor | None, block_size: int,
 
 def _nearest_code(values: Tensor, scales: Tensor, codebook: Tensor | None) -> Tensor:
     if codebook is not None:
-        return pick_codes(values[:, None], scales, codebook)[:, 0]
+        # Not clamped as in `pick_codes`: int4's lowest code lies below -1.
+        order = torch.argsort(codebook, stable=True)
+        ascending = codebook[order]
+        s = values * (1.0 / scales)
+        return order.to(torch.uint8)[torch.bucketize(s, (ascending[:-1] + ascending[1:]) / 2)]
     return ((values * (1.0 / scales)).clamp(-1, 1) * 127).round().to(torch.int8)
 
 

@@ -7,8 +7,10 @@ import torch
 from codec.equality import assert_same_bits
 from codec.strategies import block_sizes, codebooks, weight, weights
 from hypothesis import given
+from hypothesis import strategies as st
 
 from nybble import reference
+from nybble.errors import FormatError, LayoutError
 from nybble.formats import codebook
 
 # Relative to the block's energy: 4096 products summed in fp32 in any order, and the rounding of scales and values.
@@ -86,3 +88,69 @@ def test_a_block_that_no_code_fits_keeps_its_absmax(codec):
     positive = torch.linspace(0.5, 1.0, 16)
     _, scales = codec.quantize_4bit(torch.full((64,), -2.0), positive, 64, "mse")
     assert scales.tolist() == [2.0]
+
+
+@st.composite
+def importances(draw):
+    columns = draw(st.integers(1, 80))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
+    values = torch.rand(columns, generator=generator)
+    return torch.where(torch.rand(columns, generator=generator) < draw(st.sampled_from((0.0, 0.3))), 0.0, values)
+
+
+def weighed(x, blocks, importance):
+    """How much each element of `blocks` counts; `importance` None: the square of its share of absmax."""
+    real = real_elements(x, blocks).double()
+    if importance is None:
+        return (blocks.double() / reference.block_absmax(blocks)[:, None]).square() * real
+    return importance.double()[torch.arange(blocks.numel()) % importance.numel()].view(blocks.shape) * real
+
+
+@given(x=weights(), codes=codebooks, block_size=block_sizes, importance=st.none() | importances())
+def test_weighed_errors_are_at_most_those_of_the_best_candidate(codec, x, codes, block_size, importance):
+    search = "square" if importance is None else "importance"
+    packed, scales = codec.quantize_4bit(x, codes, block_size, search, importance=importance)
+    blocks = reference.to_blocks(x, block_size)
+    w, absmax, d = weighed(x, blocks, importance), reference.block_absmax(blocks), blocks.double()
+    energy = (w * d * d).sum(1)
+    gain = torch.zeros_like(energy)
+    for factor in reference.MSE_FACTORS:
+        c = codes[reference.pick_codes(blocks, absmax * factor, codes).long()].double()
+        xc, cc = (w * d * c).sum(1), (w * c * c).sum(1)
+        gain = torch.where((xc > 0) & (cc > 0), torch.maximum(gain, xc * xc / cc), gain)
+    picked = reference.pick_codes(blocks, scales, codes)
+    error = (w * (d - codes[picked.long()].double() * scales[:, None]).square()).sum(1)
+    # Relative to what the block has where every element counts as much as the most important: sums are fp32.
+    whole = w.amax(1) * d.square().sum(1)
+    ok = (error <= energy - gain + TOLERANCE * whole) | ~comparable(blocks, absmax, codes)
+    # Products of denormal weights and squares may leave fp32.
+    assert bool((ok | (w.amax(1) < 1e-6)).all())
+    flat = picked.reshape(-1)[: x.numel() + x.numel() % 2]
+    assert_same_bits(packed, ((flat[0::2] << 4) | flat[1::2]).unsqueeze(1))
+
+
+@given(codes=codebooks, block_size=block_sizes, seed=st.integers(0, 2**31 - 1))
+def test_equal_importance_is_mse(codec, codes, block_size, seed):
+    x = weight("normal", 3 * block_size, seed)  # whole blocks: the sums over a partial one take another way
+    found = codec.quantize_4bit(x, codes, block_size, "importance", importance=torch.ones(7))
+    assert_same_bits(found[1], codec.quantize_4bit(x, codes, block_size, "mse")[1])
+
+
+def test_a_column_that_does_not_count_is_clipped(codec):
+    x = weight("normal", 4 * 64, 3).clamp(-2, 2).view(4, 64)
+    x[:, 5] = 8.0
+    importance = torch.ones(64)
+    importance[5] = 0.0
+    _, scales = codec.quantize_4bit(x, codebook("nf4"), 64, "importance", importance=importance)
+    assert bool((scales < 5).all())
+    assert bool((codec.quantize_4bit(x, codebook("nf4"), 64, "mse")[1] > 6).all())
+
+
+def test_searches_have_what_they_need(codec):
+    x = torch.ones(64)
+    with pytest.raises(FormatError, match="importance is missing"):
+        codec.quantize_4bit(x, codebook("nf4"), 64, "importance")
+    with pytest.raises(FormatError, match="importance is given"):
+        codec.quantize_4bit(x, codebook("nf4"), 64, "mse", importance=torch.ones(64))
+    with pytest.raises(LayoutError, match="negative or not finite"):
+        codec.quantize_4bit(x, codebook("nf4"), 64, "importance", importance=-torch.ones(64))
