@@ -71,7 +71,7 @@ problems = st.builds(
 
 
 def assert_alike(problem: Problem, found: Tensor, expected: Tensor) -> None:
-    """The same values (FP4 has two zeros), but for rows where fp32 has decided a near-tie the other way: those err as little.
+    """The same values, but for rows where fp32 has decided a near-tie the other way: those err as little.
 
     A column whose aim lies within fp32's rounding of a midpoint may go either way, and whatever follows in its row
     differs then. With 70 rows of 257 columns and a relative rounding of about 257 * 2^-24 such a tie is met in a row in

@@ -75,15 +75,18 @@ class Blocks:
         self.files = self._resolve()
         self._calls: list[list[Call]] = []
 
+    def check(self, tokens: Tensor) -> None:
+        """Raises ValueError unless the model can take these tokens, int64 [samples, tokens]."""
+        check_vocabulary(self._model, tokens, "calibration data")
+        check_length(self._model, tokens.shape[1], "seq")
+
     def look(self, tokens: Tensor) -> None:
-        """Run what comes before the blocks on tokens, int64 [samples, tokens], unless that is done already.
+        """Run what comes before the blocks on tokens, unless that is done already.
 
         Raises:
             CalibrationError: the model needs more than token ids, or its files lack a tensor.
         """
         if not self._calls:
-            check_vocabulary(self._model, tokens, "calibration data")
-            check_length(self._model, tokens.shape[1], "seq")
             self._look(tokens)
 
     def least_memory(self, tokens: Tensor) -> int:
@@ -121,7 +124,7 @@ class Blocks:
     def _fill_one(self, owner: nn.Module, path: str, dtype: torch.dtype | None) -> None:
         """Give a module its own parameters and buffers."""
         for leaf, parameter in owner._parameters.items():
-            if parameter is None or not parameter.is_meta:
+            if parameter is None:
                 continue
             name = f"{prefix_of(path)}{leaf}"
             value = self.value(name, dtype)

@@ -59,6 +59,7 @@ class Calibrator:
             CalibrationError: the model is not one stack of blocks, or none of its weights is in one.
         """
         self._blocks = Blocks(source, selection.scales, selection.tile)
+        self._blocks.check(tokens)
         self._rounding = rounding
         self._layers: list[list[Layer]] = [[] for _ in range(self._blocks.count)]
         prefix = f"{self._blocks.path}."
@@ -83,7 +84,8 @@ class Calibrator:
     def take(self, tensor: str, stored: Callable[[str], QuantTensor]) -> tuple[Tensor, Rounded]:
         """(the exact weight in fp32, what it was rounded to) of one tensor.
 
-        `stored(name)` gives weights of earlier blocks that an earlier run has made already.
+        `stored(name)` gives weights of earlier blocks that an earlier run has made already. After an error the
+        activations may be half those of the next block: nothing more may be asked for.
         """
         index = self.blocks[tensor]
         with torch.no_grad():
@@ -118,7 +120,7 @@ class Calibrator:
     def _quantize(self, index: int) -> None:
         layers = {layer.path: layer for layer in self._layers[index]}
         calls, hidden = self._blocks.calls(index), self._blocks.hidden
-        self._made = dict.fromkeys((layer.tensor for layer in layers.values()), None)
+        made: dict[str, Rounded | None] = dict.fromkeys((layer.tensor for layer in layers.values()), None)
         with self._blocks.block(index) as block:
             for group in moments.groups(block, calls, hidden, layers):
                 seen = Moments(
@@ -128,10 +130,10 @@ class Calibrator:
                     layer = layers[path]
                     weight = block.get_submodule(path).get_parameter("weight")
                     rounded = round_weight(weight, seen, layer.config, layer.dtype, layer.tensor)
-                    self._made[layer.tensor] = rounded
+                    made[layer.tensor] = rounded
                     _set_weight(block, path, rounded.tensor.dequantize(torch.float32))
             moments.run(block, calls, hidden)
-        self._next = index + 1
+        self._made, self._next = made, index + 1
 
 
 def _set_weight(block: nn.Module, path: str, weight: Tensor) -> None:

@@ -15,7 +15,7 @@ from ..calibration.rounding import Rounded
 from ..tensor import QuantTensor
 from . import bnb
 from .files import Source, TensorInfo
-from .job import Output, Task
+from .job import Output, StoppedError, Task
 from .report import TensorReport
 from .select import Selection
 from .slabs import CHUNK, FLOAT_DTYPES, ErrorSums
@@ -40,6 +40,7 @@ class Calibrated:
         self._dtypes = {name: _dtype(source.tensors[name]) for name in selection.settings}
         self._calibrator = Calibrator(source, selection, windows, settings.rounding, self._dtypes)
         self.identity = identity(windows, settings.rounding)
+        self._failed = False
         self.notes: list[str] = []
         if windows.shape[0] < settings.samples:
             self.notes.append(
@@ -59,7 +60,7 @@ class Calibrated:
         slots = bnb.slots_for(info.name, info.shape, self._selection.settings[info.name])
 
         def run(out: Output) -> dict[str, Any]:
-            weight, made = self._calibrator.take(info.name, self._earlier)
+            weight, made = self._take(info.name)
             state = made.tensor.state()
             for slot in slots:
                 value = state[_key(info.name, slot.name)]
@@ -71,6 +72,15 @@ class Calibrated:
             return _report(info, weight, made, 8 * payload / info.numel).to_dict()
 
         return Task(info.name, slots, info.nbytes, run, fixed=self._calibrator.nbytes)
+
+    def _take(self, name: str) -> tuple[Tensor, Rounded]:
+        if self._failed:  # the pool had begun this task before it learned of the other's error
+            raise StoppedError
+        try:
+            return self._calibrator.take(name, self._earlier)
+        except BaseException:
+            self._failed = True
+            raise
 
     def _earlier(self, name: str) -> QuantTensor:
         """A weight of an earlier block, as an earlier run has written it."""
