@@ -5,6 +5,7 @@ This is the file that knows transformers; it is imported on use (extra `hf`).
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections.abc import Collection, Iterator
@@ -129,12 +130,28 @@ class Names:
         """Whether transformers builds one parameter of its own from this tensor and others (experts, fused gates)."""
         return any(transform.rename_source_key(self._renamed(key))[1] is not None for transform in self._converters)
 
+    def fusion(self, key: str, known: Collection[str]) -> tuple[str, Any, str] | None:
+        """(parameter, converter, pattern of the converter) where transformers builds a parameter from several tensors.
+
+        `parameter` is one of `known`; a converter may make more than one.
+        """
+        renamed = self._renamed(key)
+        for transform in self._converters:
+            target, pattern = transform.rename_source_key(renamed)
+            if pattern is not None:
+                path = next((path for path in self._with_prefix(target) if path in known), None)
+                return None if path is None else (path, transform, pattern)
+        return None
+
+    def _with_prefix(self, name: str) -> Iterator[str]:
+        yield name
+        if self._prefix:
+            yield f"{self._prefix}.{name}"
+            yield name.removeprefix(f"{self._prefix}.")
+
     def _candidates(self, key: str) -> Iterator[str]:
         for name in (key, self._renamed(key)):
-            yield name
-            if self._prefix:
-                yield f"{self._prefix}.{name}"
-                yield name.removeprefix(f"{self._prefix}.")
+            yield from self._with_prefix(name)
 
     def resolve(self, key: str, known: Collection[str]) -> str | None:
         """The one of `known` that a file's `key` is, or None."""
@@ -378,15 +395,21 @@ def _place_plain(model: PreTrainedModel, names: Names, groups: Groups, reader: R
     known = parameters | buffers.keys()
     values: dict[str, Tensor] = {}
     unexpected = []
+    fused: dict[str, _Fusion] = {}
     for key in groups.plain:
         path = names.resolve(key, known)
-        if path is None:
+        fusion = names.fusion(key, parameters) if path is None else None
+        if fusion is not None:
+            fused.setdefault(fusion[0], _Fusion(fusion[1])).sources[key] = fusion[2]
+        elif path is None:
             unexpected.append(key)
         elif path in parameters:
             values[path] = _checked(reader, key, model.get_parameter(path))
         elif _is_persistent(model, path):
             owner, _, leaf = path.rpartition(".")
             model.get_submodule(owner)._buffers[leaf] = _checked(reader, key, buffers[path])
+    for path, sources in fused.items():
+        values.update(_fused(model, names, path, sources, reader, parameters))
     missing = []
     for shared in places:
         if not _place_shared(model, shared, values):
@@ -403,6 +426,44 @@ def _place_plain(model: PreTrainedModel, names: Names, groups: Groups, reader: R
         if any(names.is_fused(key) for key in unexpected):
             parts.append("transformers fuses some of these while loading, which is not supported here")
         raise CheckpointError(f"{reader.source.root}: does not fit {type(model).__name__}: {'; '.join(parts)}")
+
+
+@dataclass
+class _Fusion:
+    """A converter of transformers, and the tensors of the file that it takes: name -> which of its patterns."""
+
+    converter: Any
+    sources: dict[str, str] = field(default_factory=dict)
+
+
+def _fused(
+    model: PreTrainedModel, names: Names, path: str, fusion: _Fusion, reader: Reader, known: Collection[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """The parameters that transformers builds while loading (all experts of a layer in one), by name; in memory.
+
+    A converter takes the tensors in the order of the numbers in their names.
+    """
+    dtype = model.get_parameter(path).dtype
+    converter = copy.deepcopy(fusion.converter)
+    for key in sorted(fusion.sources, key=_numbers_by_value):
+        value = reader(key)
+        converter.add_tensor(path, key, fusion.sources[key], value.to(dtype) if value.is_floating_point() else value)
+    where = f"{reader.where(next(iter(fusion.sources)))} and {len(fusion.sources) - 1} more"
+    try:
+        made = converter.convert(path, model=model, config=model.config)
+    except (RuntimeError, ValueError, IndexError, KeyError) as error:
+        raise CheckpointError(f"{where} do not make up {path!r}: {error}") from error
+    for name, value in made.items():
+        value = value[0] if isinstance(value, list) else value
+        full = names.resolve(name, known)
+        want = None if full is None else tuple(model.get_parameter(full).shape)
+        if full is None or tuple(value.shape) != want:
+            raise CheckpointError(f"{where} make {name!r} {list(value.shape)}, the model wants {list(want or ())}")
+        yield full, value
+
+
+def _numbers_by_value(name: str) -> list[tuple[int, str]]:
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _place_shared(model: PreTrainedModel, shared: list[Place], values: dict[str, Tensor]) -> bool:

@@ -26,9 +26,9 @@ from ..formats import QuantConfig
 
 METHOD = "nybble"
 _BITSANDBYTES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
-# What the packed weights have beside `weight`; the quantizer reads these itself.
+# What packed weights have beside their own name; the quantizer reads these itself.
 _PARTS = (
-    r"weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$",
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.(bitsandbytes|nybble)__\w+)$",
     r"(^|\.)(SCB|weight_format)$",
 )
 
@@ -124,7 +124,8 @@ class NybbleQuantizer(HfQuantizer):
         from ..checkpoint.load import Names
 
         tensors = {name: info for path in self._files for name, info in read_header(path)[0].items()}
-        self._quantized = group(tensors, str(self._files[0].parent)).quantized
+        groups = group(tensors, str(self._files[0].parent))
+        self._quantized, self._experts = groups.quantized, groups.others
         known = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         names = Names(model)
         self._paths = {}
@@ -136,12 +137,30 @@ class NybbleQuantizer(HfQuantizer):
                 )
             self._paths[module] = path
             model.set_submodule(path, _Pending(model.get_submodule(path)))
+        self._take_experts_out(model, names)
         weights = [rf"(^|\.){re.escape(name)}\.weight$" for name in {*self._paths, *self._paths.values()}]
+        weights += [rf"(^|\.){re.escape(name)}$" for name in {*self._expert_paths, *self._expert_paths.values()}]
         ignored = model._keys_to_ignore_on_load_unexpected
         # A set in transformers 5, a list in 4.
         kind = set if isinstance(ignored, set) else list
         model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *_PARTS, *weights])
         return model
+
+    def _take_experts_out(self, model: Any, names: Any) -> None:
+        """Packed parameters that are no linear layer's weight: transformers must not miss or initialize them."""
+        known = dict(model.named_parameters())
+        self._expert_paths, self._wanted = {}, {}
+        for name in self._experts:
+            path = names.resolve(name, known)
+            if path is None:
+                raise CheckpointError(
+                    f"{self._files[0].parent}: {name!r} is quantized, but no parameter of {type(model).__name__}"
+                )
+            owner, _, leaf = path.rpartition(".")
+            module = model.get_submodule(owner)
+            self._expert_paths[name], self._wanted[name] = path, (tuple(known[path].shape), known[path].dtype)
+            del module._parameters[leaf]
+            module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
@@ -150,6 +169,7 @@ class NybbleQuantizer(HfQuantizer):
         from ..checkpoint.files import Source, read_header
         from ..checkpoint.load import Reader
         from ..nn import QuantLinear
+        from ..nn.experts import keep_packed
         from ..tensor import QuantTensor
 
         source = Source(self._files[0].parent, self._files)
@@ -163,6 +183,14 @@ class NybbleQuantizer(HfQuantizer):
             tensor = QuantTensor.from_state(state, name=reader.where(members["weight"]), dtype=dtype)
             layer = QuantLinear.from_quant_tensor(tensor, bias=pending.bias).train(pending.training)
             model.set_submodule(self._paths[module], layer)
+        for name, members in self._experts.items():
+            where = reader.where(members["weight"])
+            tensor = QuantTensor.from_state({key: reader(of) for key, of in members.items()}, name=where)
+            shape, dtype = self._wanted[name]
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(f"{where} has shape {list(tensor.shape)}, the model wants {list(shape)}")
+            owner, _, leaf = self._expert_paths[name].rpartition(".")
+            keep_packed(model.get_submodule(owner), leaf, tensor, dtype)
         return model
 
     def _quantize(self, model: Any) -> None:
