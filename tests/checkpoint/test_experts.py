@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import nybble
 from nybble import QuantConfig, QuantTensor
 from nybble.errors import CheckpointError
-from nybble.nn.experts import packed_parameters
+from nybble.nn.experts import DecodedOnUse, packed_parameters
 from nybble.nn.inject import count_parameters
 
 transformers = pytest.importorskip("transformers")
@@ -114,6 +114,25 @@ def test_casting_casts_what_is_decoded_and_no_scale(source: Path, tmp_path: Path
     assert decoded.dtype == torch.bfloat16 and torch.equal(decoded, exact.bfloat16())
     assert logits(model).isfinite().all()
     assert torch.equal(model.float().model.layers[0].mlp.experts.gate_up_proj, exact)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_forward_decodes_each_parameter_once_and_keeps_none(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nybble.quantize(source, tmp_path / "q")
+    model = nybble.load(tmp_path / "q")
+    model.config._experts_implementation = "eager"  # a loop that reads the parameter for each expert
+    decoded = []
+    original = DecodedOnUse.quant_tensor
+    monkeypatch.setattr(DecodedOnUse, "quant_tensor", lambda self, packed: decoded.append(1) or original(self, packed))
+    model(input_ids=IDS)
+    assert len(decoded) == 4
+    monkeypatch.setattr(DecodedOnUse, "dtype", property(lambda self: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        model(input_ids=IDS)
+    decoders = [d for module in model.modules() for d in packed_parameters(module).values()]
+    assert all(not decoder._kept for decoder in decoders)
 
 
 @pytest.mark.filterwarnings("ignore")

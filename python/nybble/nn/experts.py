@@ -4,6 +4,7 @@ columns], which transformers' modules read as parameters of their own.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,8 @@ class DecodedOnUse(nn.Module):
     """The parametrization of a packed weight: decodes it, whole, whenever the module reads its parameter.
 
     The packed bytes are the parametrization's `original`; scales and maps are buffers here, fp32 ones as int32 bit
-    patterns, so that casting the module changes what it decodes to and nothing else.
+    patterns, so that casting the module changes what it decodes to and nothing else. While the module's forward runs,
+    the decoded weight is kept: a loop over the experts reads the parameter once for each of them.
     """
 
     def __init__(self, tensor: QuantTensor, dtype: torch.dtype) -> None:
@@ -31,6 +33,7 @@ class DecodedOnUse(nn.Module):
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=tensor.packed.device), persistent=False)
         for name in _SCALES:
             self.register_buffer(name, None)
+        self._kept: dict[int, Tensor | None] = {}  # by thread, while a forward runs there
         self.take(tensor)
 
     def take(self, tensor: QuantTensor) -> None:
@@ -59,7 +62,26 @@ class DecodedOnUse(nn.Module):
 
     def forward(self, packed: Tensor) -> Tensor:
         """packed: uint8 [n / 2, 1]; returns the weight in the dtype that the model computes in."""
+        if torch.compiler.is_compiling():
+            return self._decode(packed)
+        thread = threading.get_ident()
+        kept = self._kept.get(thread)
+        if kept is None:
+            kept = self._decode(packed)
+            if thread in self._kept:
+                self._kept[thread] = kept
+        return kept
+
+    def _decode(self, packed: Tensor) -> Tensor:
         return self.quant_tensor(packed).dequantize(self.dtype)
+
+    def begin(self) -> None:
+        """A forward of the module that reads this weight runs in this thread."""
+        self._kept[threading.get_ident()] = None
+
+    def end(self) -> None:
+        """It is over."""
+        self._kept.pop(threading.get_ident(), None)
 
 
 def keep_packed(module: nn.Module, name: str, tensor: QuantTensor, dtype: torch.dtype) -> None:
@@ -79,6 +101,8 @@ def keep_packed(module: nn.Module, name: str, tensor: QuantTensor, dtype: torch.
     if not present:
         module.register_state_dict_post_hook(_save)
         module.register_load_state_dict_pre_hook(_load)
+        module.register_forward_pre_hook(_begin)
+        module.register_forward_hook(_end, always_call=True)
 
 
 def packed_parameters(module: nn.Module) -> dict[str, DecodedOnUse]:
@@ -100,6 +124,18 @@ def _held(module: nn.Module, name: str) -> Any:
     """torch's ParametrizationList: `original`, and the parametrization as its only item."""
     lists: Any = module.parametrizations
     return lists[name]
+
+
+def _begin(module: nn.Module, inputs: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for decoder in packed_parameters(module).values():
+            decoder.begin()
+
+
+def _end(module: nn.Module, inputs: Any, output: Any) -> None:
+    if not torch.compiler.is_compiling():
+        for decoder in packed_parameters(module).values():
+            decoder.end()
 
 
 def _save(module: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
