@@ -213,7 +213,7 @@ def test_merging_beside_packed_experts(source: Path, tmp_path: Path, to: str) ->
     if to == "int8":
         assert report.notes == ["4 weights stay in their 4-bit format: int8 takes matrices, they have more axes"]
     ours = nybble.load(tmp_path / "out")
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert torch.equal(logits(ours), logits(theirs))
     if to == "fp32":
         expected = logits(model)
@@ -259,4 +259,59 @@ def test_experts_that_transformers_fuses_while_loading(tmp_path: Path, kind: str
     lost = next(name for name in values if ".experts.3.down_proj" in name or ".experts.3.w2" in name)
     save_file({name: value for name, value in values.items() if not name.startswith(lost)}, path, {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"model\.safetensors: tensor .*experts.* and .* more make .*down_proj"):
+        nybble.load(tmp_path / "q")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("config", [QuantConfig(), QuantConfig("int8")], ids=["nf4", "int8"])
+@pytest.mark.parametrize("kind", PER_EXPERT)
+def test_experts_quantized_one_by_one(tmp_path: Path, kind: str, config: QuantConfig) -> None:
+    """As written where names decide: without transformers, or by its version 4."""
+    torch.manual_seed(0)
+    settings = getattr(transformers, f"{kind}Config")(**SIZES, **PER_EXPERT[kind])
+    getattr(transformers, f"{kind}ForCausalLM")(settings).save_pretrained(tmp_path / "src")
+    described = json.loads((tmp_path / "src" / "config.json").read_text())
+    (tmp_path / "src" / "config.json").unlink()
+    nybble.quantize(tmp_path / "src", tmp_path / "q", config)
+    block = {"quant_method": "nybble", "nybble": config.to_dict()}
+    (tmp_path / "q" / "config.json").write_text(json.dumps({**described, "quantization_config": block}))
+    ours = nybble.load(tmp_path / "q")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    for model in (ours, theirs):
+        assert not any(p.is_floating_point() for name, p in model.named_parameters() if "experts" in name)
+    files = load_file(tmp_path / "q" / "model.safetensors")
+    source = load_file(tmp_path / "src" / "model.safetensors")
+    for name in source:
+        if ".experts." in name:
+            parts = {key.removeprefix(name[:-6]): value for key, value in files.items() if key.startswith(name[:-6])}
+            source[name] = QuantTensor.from_state(parts, dtype=torch.float32).dequantize()
+    (tmp_path / "src" / "config.json").write_text(json.dumps(described))
+    save_file(source, tmp_path / "src" / "model.safetensors", {"format": "pt"})
+    reference = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "src")
+    for path in ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts"):
+        for leaf in ("gate_up_proj", "down_proj"):
+            want = getattr(reference.get_submodule(path), leaf)
+            assert torch.equal(getattr(ours.get_submodule(path), leaf), want)
+            assert torch.equal(getattr(theirs.get_submodule(path), leaf), want)
+    assert torch.equal(logits(ours), logits(theirs))
+    assert count_parameters(ours) == count_parameters(reference)
+    for number, model in enumerate((ours, theirs, copy.deepcopy(ours))):
+        out = tmp_path / f"saved{number}"
+        model.save_pretrained(out)
+        after = load_file(out / "model.safetensors")
+        assert after.keys() == files.keys()
+        assert all(torch.equal(after[name], value) for name, value in files.items())
+    state = {name: value.clone() for name, value in ours.state_dict().items()}
+    experts = theirs.model.layers[0].mlp.experts
+    experts.parametrizations.down_proj[0].parts[1].packed.zero_()
+    assert not torch.equal(experts.down_proj, ours.model.layers[0].mlp.experts.down_proj)
+    theirs.load_state_dict(state)
+    assert torch.equal(experts.down_proj, ours.model.layers[0].mlp.experts.down_proj)
+    with pytest.raises(RuntimeError, match=r"Missing key.*experts\.1\."):
+        theirs.load_state_dict({name: value for name, value in state.items() if ".experts.1." not in name})
+    assert ours.to(torch.bfloat16).model.layers[0].mlp.experts.down_proj.dtype == torch.bfloat16
+    lost = next(name for name in files if ".experts.1." in name and name.endswith(".weight"))
+    kept = {name: value for name, value in files.items() if not name.startswith(lost.removesuffix("weight"))}
+    save_file({**kept, lost: source[lost]}, tmp_path / "q" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"is quantized and .*experts\.1.* is not, but .* is made of both"):
         nybble.load(tmp_path / "q")

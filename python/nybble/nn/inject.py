@@ -14,7 +14,7 @@ from ..errors import PatternError
 from ..formats import QuantConfig, match_module
 from ..reference import check_float
 from ..tensor import QuantTensor
-from .experts import DecodedOnUse, packed_parameters
+from .experts import computed_parameters
 from .linear import QuantLinear
 from .lora import LoRALinear, check_lora_arguments
 
@@ -321,7 +321,7 @@ def _modules_to_save(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Mod
             raise PatternError(f"modules_to_save: pattern {pattern!r} matches no module of {type(model).__name__}")
         for name in names:
             module = model.get_submodule(name)
-            if any(isinstance(inner, (QuantLinear, DecodedOnUse)) for inner in module.modules()):
+            if any(isinstance(inner, QuantLinear) or computed_parameters(inner) for inner in module.modules()):
                 raise TypeError(f"modules_to_save: {name} is quantized, and cannot be trained in full")
             found[name] = module
     return [module for name, module in found.items() if not any(name.startswith(f"{other}.") for other in found)]
@@ -340,7 +340,7 @@ def count_parameters(model: nn.Module) -> int:
     total = 0
     seen: set[int] = set()
     for module in model.modules():
-        for name, decoder in packed_parameters(module).items():
+        for name, decoder in computed_parameters(module).items():
             held: Any = module.parametrizations
             seen.add(id(held[name].original))
             total += math.prod(decoder.shape)
