@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import nybble
 from nybble.cli.app import main
@@ -69,3 +70,30 @@ def test_merge_unmerge_combine(run: Run, tmp_path: Path) -> None:
     assert run("combine", tmp_path / "x", f"{tmp_path / 'a'}=half")[2].startswith("error: adapter '")
     status, out, err = run("merge", quantized, tmp_path / "a", tmp_path / "x", "--to", "q8")
     assert (status, err) == (1, "error: to is 'q8'; allowed are bf16, fp16, fp32, nf4, fp4, int4, int8\n")
+
+
+def test_adapters_that_cannot_be_merged_are_one_line_each(run: Run, tmp_path: Path) -> None:
+    for name, tensor in (("base", torch.zeros(8, 8)), ("other", torch.zeros(8, 8))):
+        (tmp_path / name).mkdir()
+        save_file({"fc.weight": tensor}, tmp_path / name / "model.safetensors")
+    (tmp_path / "other" / "config.json").write_text('{"quantization_config": {"quant_method": "gptq"}}')
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+
+    def adapter(path: str, value: float) -> Path:
+        factors = {"A": torch.full((1, 8), value), "B": torch.ones(8, 1)}
+        tensors = {f"base_model.model.{path}.lora_{part}.weight": factor for part, factor in factors.items()}
+        save_file(tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+        return tmp_path / "adapter"
+
+    cases = [
+        ("base", "fc", float("nan"), "fc.lora_A.weight ("),
+        ("base", "a.fc", 1.0, "'a.fc': "),
+        ("other", "fc", 1.0, "the checkpoint is already quantized (by gptq)"),
+    ]
+    for base, path, value, text in cases:
+        status, _, err = run("merge", tmp_path / base, adapter(path, value), tmp_path / "x", "--to", "fp32")
+        assert status == 1 and err.strip().startswith("error: ") and text in err and "\n" not in err.strip()
+    assert not (tmp_path / "x").exists()
+    status, _, err = run("combine", tmp_path / "x", adapter("fc", float("inf")))
+    assert status == 1 and err.strip().startswith("error: ") and "fc.lora_A.weight (" in err

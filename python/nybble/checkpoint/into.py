@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..nn import LoRAEmbedding, LoRALinear, QuantLinear
+from ..nn.experts import keep_packed, packed_parameters
 from ..nn.inject import set_module
 from ..tensor import QuantTensor
 from .bnb import group, prefix_of
@@ -30,8 +31,10 @@ def load_into(module: nn.Module, directory: str | os.PathLike[str], *, strict: b
     later stays in this process and does not reach the file. Where dtypes differ the tensor is cast to the module's.
 
     A linear layer whose weight is quantized in the file becomes a `QuantLinear`; a `QuantLinear`, also inside a
-    `LoRALinear`, takes the packed tensors; low-rank updates are left as they are. The module may be on the meta device.
-    Weights that are tied in the module stay tied, whether the file has them once or, equal, under each name.
+    `LoRALinear`, takes the packed tensors; any other module's parameter that is packed in the file (the experts of a
+    mixture) stays packed and is decoded whenever the module reads it. Low-rank updates are left as they are. The module
+    may be on the meta device. Weights that are tied in the module stay tied, whether the file has them once or, equal,
+    under each name.
 
     Args:
         module: any nn.Module, changed in place; unchanged after an error.
@@ -48,6 +51,7 @@ def load_into(module: nn.Module, directory: str | os.PathLike[str], *, strict: b
     source = open_source(directory)
     plan = _Plan(module, Reader(source, "cpu"))
     plan.quantized()
+    plan.packed()
     plan.plain()
     odd = plan.left_over()
     if strict and odd:
@@ -101,6 +105,25 @@ class _Plan:
             if first is not None and f"{prefix_of(path)}weight" not in self._groups.plain:
                 self._share(path, owner, layer, first)
 
+    def packed(self) -> None:
+        """Plan the packed parameters of modules that are no linear layers."""
+        for name, members in self._groups.others.items():
+            where = self.reader.where(members["weight"])
+            path, _, leaf = name.rpartition(".")
+            owner = self._modules.get(path)
+            present = {} if owner is None else packed_parameters(owner)
+            old = None if owner is None else owner._parameters.get(leaf)
+            if owner is None or (old is None and leaf not in present):
+                raise CheckpointError(f"{where} is quantized, but the module has no parameter {name!r}")
+            shape, dtype = (present[leaf].shape, present[leaf].dtype) if old is None else (tuple(old.shape), old.dtype)
+            state = {key: self.reader(of) for key, of in members.items()}
+            tensor = QuantTensor.from_state(state, name=where)
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(f"{where} has shape {list(tensor.shape)}, the module wants {list(shape)}")
+            self.taken.update(members.values())
+            self.given.add(name)
+            self.steps.append(partial(keep_packed, owner, leaf, tensor, dtype))
+
     def _share(self, path: str, owner: Any, layer: nn.Linear | QuantLinear, first: QuantLinear) -> None:
         self.given.add(f"{prefix_of(path)}weight")
         if isinstance(layer, QuantLinear):
@@ -134,6 +157,8 @@ class _Plan:
             owner, leaf = places[0]
             if isinstance(owner, QuantLinear) and leaf == "weight":
                 raise CheckpointError(f"{self.reader.where(name)} is not quantized, but the module has a QuantLinear")
+            if leaf in packed_parameters(owner):
+                raise CheckpointError(f"{self.reader.where(name)} is not quantized, but the module has it packed")
             old = _own(owner, leaf)
             value = self.reader(name)
             if value.shape != old.shape:
@@ -188,6 +213,8 @@ def _targets(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
                 result[f"{prefix}bias"] = [(owner, "bias")]
             return
         names = [name for name, value in owner._parameters.items() if value is not None]
+        packed = packed_parameters(owner)
+        names += packed
         names += [
             name
             for name, value in owner._buffers.items()
@@ -196,7 +223,7 @@ def _targets(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
         for name in names:
             result[f"{prefix}{name}"] = [(owner, name)]
         for name, child in owner._modules.items():
-            if child is not None:
+            if child is not None and not (packed and name == "parametrizations"):
                 walk(child, f"{prefix}{name}.")
 
     walk(module, "")

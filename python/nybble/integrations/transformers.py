@@ -26,9 +26,9 @@ from ..formats import QuantConfig
 
 METHOD = "nybble"
 _BITSANDBYTES = ("bitsandbytes_4bit", "bitsandbytes_8bit")
-# What the packed weights have beside `weight`; the quantizer reads these itself.
+# What packed weights have beside their own name; the quantizer reads these itself.
 _PARTS = (
-    r"weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.\w+)$",
+    r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.(bitsandbytes|nybble)__\w+)$",
     r"(^|\.)(SCB|weight_format)$",
 )
 
@@ -121,14 +121,17 @@ class NybbleQuantizer(HfQuantizer):
                     f"{directory}: transformers 4 needs a local directory; or use nybble.load(directory)"
                 )
             self._files = open_source(directory).shards
-        from ..checkpoint.load import Names
+        from ..checkpoint.load import Names, find_fusions
 
         tensors = {name: info for path in self._files for name, info in read_header(path)[0].items()}
-        self._quantized = group(tensors, str(self._files[0].parent)).quantized
+        groups = group(tensors, str(self._files[0].parent))
+        self._groups, self._quantized, self._experts = groups, groups.quantized, groups.others
         known = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         names = Names(model)
         self._paths = {}
-        for module in self._quantized:
+        self._fusions = find_fusions(model, names, groups)
+        fused = {module for fusion in self._fusions.values() for module in fusion.sources}
+        for module in self._quantized.keys() - fused:
             path = names.resolve_module(module, known)
             if path is None:
                 raise CheckpointError(
@@ -136,12 +139,32 @@ class NybbleQuantizer(HfQuantizer):
                 )
             self._paths[module] = path
             model.set_submodule(path, _Pending(model.get_submodule(path)))
+        self._take_experts_out(model, names)
         weights = [rf"(^|\.){re.escape(name)}\.weight$" for name in {*self._paths, *self._paths.values()}]
+        taken = {*self._expert_paths, *self._expert_paths.values(), *self._fusions}
+        weights += [rf"(^|\.){re.escape(name)}$" for name in taken]
         ignored = model._keys_to_ignore_on_load_unexpected
         # A set in transformers 5, a list in 4.
         kind = set if isinstance(ignored, set) else list
         model._keys_to_ignore_on_load_unexpected = kind([*(ignored or ()), *_PARTS, *weights])
         return model
+
+    def _take_experts_out(self, model: Any, names: Any) -> None:
+        """Packed parameters that are no linear layer's weight: transformers must not miss or initialize them."""
+        known = dict(model.named_parameters())
+        self._expert_paths, self._wanted = {}, {}
+        for name in self._experts:
+            path = names.resolve(name, known)
+            if path is None:
+                raise CheckpointError(
+                    f"{self._files[0].parent}: {name!r} is quantized, but no parameter of {type(model).__name__}"
+                )
+            self._expert_paths[name], self._wanted[name] = path, (tuple(known[path].shape), known[path].dtype)
+        for path in (*self._expert_paths.values(), *self._fusions):
+            owner, _, leaf = path.rpartition(".")
+            module = model.get_submodule(owner)
+            del module._parameters[leaf]
+            module._is_hf_initialized = True
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if not self.pre_quantized:
@@ -150,19 +173,30 @@ class NybbleQuantizer(HfQuantizer):
         from ..checkpoint.files import Source, read_header
         from ..checkpoint.load import Reader
         from ..nn import QuantLinear
+        from ..nn.experts import keep_packed
         from ..tensor import QuantTensor
 
         source = Source(self._files[0].parent, self._files)
         for file in self._files:
             source.tensors.update(read_header(file)[0])
         reader = Reader(source, _device(self._device_map))
-        for module, members in self._quantized.items():
-            pending = model.get_submodule(self._paths[module])
+        for fusion in self._fusions.values():
+            fusion.place(model, self._groups, reader)
+        for module, path in self._paths.items():
+            members, pending = self._quantized[module], model.get_submodule(path)
             state = {key: reader(name) for key, name in members.items()}
             dtype = model.dtype if "SCB" in members else None
             tensor = QuantTensor.from_state(state, name=reader.where(members["weight"]), dtype=dtype)
             layer = QuantLinear.from_quant_tensor(tensor, bias=pending.bias).train(pending.training)
-            model.set_submodule(self._paths[module], layer)
+            model.set_submodule(path, layer)
+        for name, members in self._experts.items():
+            where = reader.where(members["weight"])
+            tensor = QuantTensor.from_state({key: reader(of) for key, of in members.items()}, name=where)
+            shape, dtype = self._wanted[name]
+            if tuple(tensor.shape) != shape:
+                raise CheckpointError(f"{where} has shape {list(tensor.shape)}, the model wants {list(shape)}")
+            owner, _, leaf = self._expert_paths[name].rpartition(".")
+            keep_packed(model.get_submodule(owner), leaf, tensor, dtype)
         return model
 
     def _quantize(self, model: Any) -> None:

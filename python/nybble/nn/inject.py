@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from ..errors import PatternError
 from ..formats import QuantConfig, match_module
 from ..reference import check_float
 from ..tensor import QuantTensor
+from .experts import computed_parameters
 from .linear import QuantLinear
 from .lora import LoRALinear, check_lora_arguments
 
@@ -319,7 +321,7 @@ def _modules_to_save(model: nn.Module, patterns: tuple[str, ...]) -> list[nn.Mod
             raise PatternError(f"modules_to_save: pattern {pattern!r} matches no module of {type(model).__name__}")
         for name in names:
             module = model.get_submodule(name)
-            if any(isinstance(inner, QuantLinear) for inner in module.modules()):
+            if any(isinstance(inner, QuantLinear) or computed_parameters(inner) for inner in module.modules()):
                 raise TypeError(f"modules_to_save: {name} is quantized, and cannot be trained in full")
             found[name] = module
     return [module for name, module in found.items() if not any(name.startswith(f"{other}.") for other in found)]
@@ -334,10 +336,14 @@ def train_in_full(module: nn.Module) -> None:
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Parameters of a model as people count them: a packed 4-bit weight counts out * in; scales do not count."""
+    """Parameters of a model as people count them: a packed weight counts its elements; scales do not count."""
     total = 0
     seen: set[int] = set()
     for module in model.modules():
+        for name, decoder in computed_parameters(module).items():
+            held: Any = module.parametrizations
+            seen.add(id(held[name].original))
+            total += math.prod(decoder.shape)
         for name, parameter in module.named_parameters(recurse=False):
             if id(parameter) in seen:
                 continue
