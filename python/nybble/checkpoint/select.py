@@ -39,6 +39,7 @@ class Selection:
     Attributes:
         settings: tensor name -> how to quantize it. not_converted: linear modules left as they are.
         scales: name of an fp8 weight -> its scales, None if it has none; tile: rows and columns that share one.
+        fused_experts: there are matrices of single experts that transformers makes one parameter of.
         dropped: names of tensors that say how the source is quantized, and are not carried along.
     """
 
@@ -47,6 +48,7 @@ class Selection:
     tile: tuple[int, int] = (128, 128)
     dropped: set[str] = field(default_factory=set)
     not_converted: list[str] = field(default_factory=list)
+    fused_experts: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -177,8 +179,9 @@ def select(source: Source, config: QuantConfig) -> Selection:
         if architecture is not None and known is not None:
             linear = known in architecture.linear
         elif architecture is not None and architecture.names.is_fused(name):
-            linear = False
-            fused += 1
+            linear = "experts" in module.split(".")  # each is packed by itself; loaders fuse the packed ones
+            result.fused_experts |= linear
+            fused += not linear
         else:
             linear = is_linear_by_name(module, model_type)
             by_name += architecture is not None and linear
@@ -201,7 +204,7 @@ def select(source: Source, config: QuantConfig) -> Selection:
         more = f" and {len(names) - 1} more" if len(names) > 1 else ""
         result.notes.append(f"{names[0]}{more} left as it is: {reason}")
     if fused:
-        result.notes.append(f"{fused} weights left as they are: transformers fuses them while loading (experts)")
+        result.notes.append(f"{fused} weights left as they are: transformers fuses them with others while loading")
     if by_name:
         result.notes.append(f"{by_name} linear weights have no counterpart in the model class: their names decided")
     if not result.settings:

@@ -243,7 +243,7 @@ def _quantized_config(source: Source, selection: Selection, config: QuantConfig)
         return {}
     dtypes = Counter(bnb.JSON_DTYPES.get(source.tensors[name].dtype, "bfloat16") for name in selection.settings)
     used = [selection.settings[name] for name in selection.settings]
-    experts = any(len(source.tensors[name].shape) != 2 for name in selection.settings)
+    experts = selection.fused_experts or any(len(source.tensors[name].shape) != 2 for name in selection.settings)
     block = bnb.quantization_config(config, used, dtypes.most_common(1)[0][0], selection.not_converted, experts)
     settings["quantization_config"] = block
     return {"config.json": (json.dumps(settings, indent=2) + "\n").encode()}
