@@ -23,8 +23,9 @@ class Calibration:
     """The text that a checkpoint's weights are rounded by.
 
     Attributes:
-        data: path of a text file, a .jsonl file of {"text": ...} or a directory of them; a list of texts; or token ids
-            (a list, or a tensor [tokens]).
+        data: path of a text file, a .jsonl file of {"text": ...} or a directory of them; a list of texts; token ids (a
+            list, or a tensor [tokens]); or whole windows, a tensor of token ids [samples, tokens], which are taken as
+            they are.
         samples: windows of text, spread evenly over the data; fewer if it has no more.
         seq: tokens in a window.
         rounding: how codes are picked; see `Rounding`.
@@ -51,6 +52,12 @@ class Calibration:
         """
         from ..training.data import to_tokens
 
+        if isinstance(self.data, Tensor) and self.data.dim() == 2:
+            if self.data.is_floating_point() or self.data.dtype == torch.bool or not self.data.numel():
+                raise CalibrationError(
+                    f"calibration data is {self.data.dtype} {list(self.data.shape)}; windows are token ids, integers"
+                )
+            return self.data.to("cpu", torch.int64)
         data: Any = Path(self.data) if isinstance(self.data, os.PathLike) else self.data
         ids = isinstance(data, Tensor) or (
             not isinstance(data, (str, Path)) and len(data) > 0 and all(isinstance(item, int) for item in data)

@@ -42,7 +42,8 @@ class Calibrated:
         self.identity = identity(windows, settings.rounding)
         self._failed = False
         self.notes: list[str] = []
-        if windows.shape[0] < settings.samples:
+        whole = isinstance(settings.data, Tensor) and settings.data.dim() == 2
+        if windows.shape[0] < settings.samples and not whole:
             self.notes.append(
                 f"calibrated on {windows.shape[0]} windows of {settings.seq} tokens, the text has no more "
                 f"({settings.samples} asked for)"
