@@ -143,6 +143,13 @@ class Nybble(Tool):
     def _quantize(self, source: str, destination: str, **options: Any) -> None:
         self.nybble.quantize(source, destination, **options)
 
+    def calibrate(self, source: str, destination: str, text: str, samples: int, seq: int) -> dict[str, float]:
+        """Checkpoint to checkpoint, calibrated on a text file."""
+        calibration = self.nybble.Calibration(text, samples=samples, seq=seq)
+        with Peaks() as peaks:
+            self._quantize(source, destination, calibration=calibration)
+        return peaks.result
+
     def _load(self, directory: str, skeleton: Any) -> Any:
         return self.nybble.load(directory)
 
