@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .integrations import hook as _hook
 
 if TYPE_CHECKING:
-    from .calibration import Calibration, Comparison, Rounding, compare
+    from .calibration import Calibration, Rounding
+    from .calibration.compare import Comparison, compare
     from .checkpoint import combine_adapters, load_adapter, load_into, merge, quantize, save_adapter, unmerge
     from .checkpoint.gguf import GGUFReport, export_gguf, import_gguf
     from .checkpoint.load import load
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
-    "calibration": ("Calibration", "Comparison", "Rounding", "compare"),
+    "calibration": ("Calibration", "Rounding"),
+    "calibration.compare": ("Comparison", "compare"),
     "checkpoint": (
         "combine_adapters",
         "load",

@@ -185,7 +185,7 @@ def test_text_is_tokenized_and_spread(make: Callable[..., Path], tmp_path: Path,
     assert [int(row[0]) for row in spread] == [0, 450 % 256, 900 % 256]
     windows = tokens[:300].view(3, 100)
     assert torch.equal(Calibration(windows).windows(source), windows)
-    with pytest.raises(CalibrationError, match="torch.float32"):
+    with pytest.raises(CalibrationError, match=r"torch\.float32"):
         Calibration(windows.float()).windows(source)
     report = nybble.quantize(source, tmp_path / "q", calibration=Calibration(tokens, samples=50, seq=100))
     assert any("calibrated on 10 windows of 100 tokens" in note for note in report.notes)
