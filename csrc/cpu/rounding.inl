@@ -47,8 +47,8 @@ static CodePicker code_picker(const RoundArgs& args) {
 static inline F32 to_integer(F32 v) { return add(add(v, broadcast(12582912.0F)), broadcast(-12582912.0F)); }
 
 // The nearest value that a code stands for; `code`, kLanes bytes: its rank, or the int8 itself.
-static inline F32 round_to_code(F32 v, F32 scale, const CodePicker& picker, uint8_t* code) {
-  const F32 s = mul(v, div(broadcast(1.0F), scale));
+static inline F32 round_to_code(F32 v, F32 scale, F32 reciprocal, const CodePicker& picker, uint8_t* code) {
+  const F32 s = mul(v, reciprocal);
   if (picker.int8) {
     const F32 q = to_integer(mul(clamp_unit(s), broadcast(127.0F)));
     store(reinterpret_cast<int8_t*>(code), q);
@@ -82,6 +82,15 @@ static inline void scales_of(const RoundArgs& args, const RoundTile& tile, int64
     scales[r] = args.absmax[args.codebook == nullptr ? row : (row * args.cols + column) >> args.block_shift];
   }
   for (int64_t r = tile.count; r < kRoundRows; ++r) scales[r] = 1.0F;
+}
+
+// Of an int8 row of zeros, whose scale is 0, it is 0 and not infinite: so are its codes, and no NaN spreads.
+static inline void reciprocals_of(const RoundArgs& args, const float* scales, float* reciprocals) {
+  for (int v = 0; v < kRoundVectors; ++v) {
+    store(reciprocals + v * kLanes, div(broadcast(1.0F), load(scales + v * kLanes)));
+  }
+  if (args.codebook != nullptr) return;
+  for (int64_t r = 0; r < kRoundRows; ++r) reciprocals[r] = scales[r] == 0.0F ? 0.0F : reciprocals[r];
 }
 
 static inline void write_codes(const RoundJob& job, const RoundTile& tile, int64_t column, const uint8_t* codes) {
@@ -159,17 +168,20 @@ static void round_feedback_task(void* context, int64_t index) {
     for (int64_t r = 0; r < kRoundRows; ++r) to[r] = r < tile.count ? from[r * args.cols] : 0.0F;
   }
   alignas(64) float scales[kRoundRows];
+  alignas(64) float reciprocals[kRoundRows];
   alignas(64) uint8_t codes[kRoundRows];
   for (int64_t block = 0; block < args.cols; block += kRoundBlock) {
     const int64_t end = smaller(block + kRoundBlock, args.cols);
     for (int64_t p = block; p < end; ++p) {
       scales_of(args, tile, column_at(args, p), scales);
+      reciprocals_of(args, scales, reciprocals);
       const F32 pivot = broadcast(-1.0F / args.matrix[p * args.cols + p]);
       const float* value = tile.values + p * kRoundRows;
       float* error = tile.errors + (p - block) * kRoundRows;
       for (int v = 0; v < kRoundVectors; ++v) {
         const F32 x = load(value + v * kLanes);
-        const F32 q = round_to_code(x, load(scales + v * kLanes), job.picker, codes + v * kLanes);
+        const F32 q =
+            round_to_code(x, load(scales + v * kLanes), load(reciprocals + v * kLanes), job.picker, codes + v * kLanes);
         store(error + v * kLanes, mul(sub(x, q), pivot));
       }
       write_codes(job, tile, column_at(args, p), codes);
@@ -213,6 +225,7 @@ static void round_descent_task(void* context, int64_t index) {
     add_products(args, tile, block, end, 0, args.cols);
   }
   alignas(64) float scales[kRoundRows];
+  alignas(64) float reciprocals[kRoundRows];
   alignas(64) float old[kRoundRows];
   alignas(64) float change[kRoundRows];
   alignas(64) uint8_t codes[kRoundRows];
@@ -224,6 +237,7 @@ static void round_descent_task(void* context, int64_t index) {
       for (int64_t p = block; p < end; ++p) {
         const int64_t column = column_at(args, p);
         scales_of(args, tile, column, scales);
+        reciprocals_of(args, scales, reciprocals);
         const uint8_t* stored = args.codes + tile.first * args.cols + column;
         for (int64_t r = 0; r < kRoundRows; ++r) {
           const uint8_t code = r < tile.count ? stored[r * args.cols] : 0;
@@ -235,7 +249,8 @@ static void round_descent_task(void* context, int64_t index) {
         for (int v = 0; v < kRoundVectors; ++v) {
           const F32 before = load(old + v * kLanes);
           const F32 aim = fma(load(gradient + v * kLanes), pivot, before);
-          const F32 after = round_to_code(aim, load(scales + v * kLanes), job.picker, codes + v * kLanes);
+          const F32 after = round_to_code(aim, load(scales + v * kLanes), load(reciprocals + v * kLanes), job.picker,
+                                          codes + v * kLanes);
           store(change + v * kLanes, sub(before, after));
         }
         float* error = tile.errors + (p - block) * kRoundRows;

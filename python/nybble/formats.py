@@ -68,7 +68,8 @@ BLOCK_SIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NESTED_BLOCK_SIZE = 256
 
 _CODEBOOKS = {"nf4": NF4, "fp4": FP4, "int4": INT4}
-_FORMATS = (*_CODEBOOKS, "int8")
+_LEARNED = "learned"
+_FORMATS = (*_CODEBOOKS, "int8", _LEARNED)
 _SEARCHES = ("absmax", "mse", "square")
 _COMPUTES = (None, "int8")
 _OVERRIDABLE = ("format", "block_size", "double_quant", "search", "compute")
@@ -153,7 +154,9 @@ class QuantConfig:
     """How the weights of a model are quantized. Immutable; every field is checked on construction.
 
     Attributes:
-        format: "nf4", "fp4", "int4", "int8" (row-wise, the LLM.int8 layout), or 16 ascending numbers as a codebook.
+        format: "nf4", "fp4", "int4", "int8" (row-wise, the LLM.int8 layout), or 16 ascending numbers as a codebook;
+            "learned": 16 numbers of each weight's own, found by calibration (`nybble.quantize(calibration=...)` only).
+            bitsandbytes reads nf4, fp4 and int8; the others are marked as nybble's own in the file.
         block_size: consecutive elements of the flattened weight that share a scale, one of `BLOCK_SIZES`; int8 has one
             scale a row and ignores it.
         double_quant: store the block scales themselves in 8 bits (4-bit formats only).
@@ -256,12 +259,26 @@ class QuantConfig:
 
     @property
     def format_name(self) -> str:
-        """The format's name; "custom" for a codebook given as numbers."""
-        return self.format if isinstance(self.format, str) else "custom"
+        """The format's name in files; "custom" for a codebook given as numbers, or learned."""
+        return self.format if isinstance(self.format, str) and not self.is_learned else "custom"
+
+    @property
+    def is_learned(self) -> bool:
+        """Whether each weight has a codebook of its own."""
+        return self.format == _LEARNED
 
     @property
     def codebook(self) -> Tensor | None:
-        """The codes as fp32 [16] (a new tensor), or None for int8."""
+        """The codes as fp32 [16] (a new tensor), or None for int8.
+
+        Raises:
+            FormatError: they are to be learned.
+        """
+        if self.is_learned:
+            raise FormatError(
+                "format is 'learned': each weight's codebook is found by calibration (nybble.quantize with "
+                "calibration=, nybble quantize --calibrate), there is none without"
+            )
         return codebook(self.format) if self.is_4bit else None
 
     @property

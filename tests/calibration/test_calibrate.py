@@ -168,6 +168,37 @@ def test_blocks_of_scales_that_straddle_rows(make: Callable[..., Path], tmp_path
     assert all(row.output_error < row.output_error_plain for row in report.tensors)
 
 
+def test_learned_codebooks(make: Callable[..., Path], tmp_path: Path) -> None:
+    source = make(tie_word_embeddings=False)
+    config = QuantConfig("learned", skip=())
+    report = nybble.quantize(source, tmp_path / "q", config, calibration=SMALL)
+    fixed = nybble.quantize(source, tmp_path / "nf4", QuantConfig("nf4"), calibration=SMALL)
+    names = load_file(tmp_path / "q" / "model.safetensors").keys()
+    assert sum("quant_state.nybble__custom" in name for name in names) == 22
+    assert not any("bitsandbytes" in name for name in names)
+    assert json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["quant_method"] == "nybble"
+    blocks = [row for row in report.tensors if row.output_error is not None]
+    assert [row.bits_per_weight for row in blocks] == [row.bits_per_weight for row in fixed.tensors]
+    better = [a.output_error < b.output_error for a, b in zip(blocks, fixed.tensors, strict=True)]
+    assert sum(better) > 0.9 * len(better)
+    a = weight_of(tmp_path / "q", "model.layers.0.mlp.up_proj").codebook
+    b = weight_of(tmp_path / "q", "model.layers.1.mlp.up_proj").codebook
+    assert bool((a[1:] > a[:-1]).all()) and not torch.equal(a, b)
+    ours = nybble.load(tmp_path / "q")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "q")
+    assert torch.equal(ours(TOKENS[None, :16]).logits, theirs(TOKENS[None, :16]).logits)
+    ours.save_pretrained(tmp_path / "again")
+    assert torch.equal(nybble.load(tmp_path / "again")(TOKENS[None, :16]).logits, ours(TOKENS[None, :16]).logits)
+    for call in (
+        lambda: nybble.quantize(source, tmp_path / "no", config),
+        lambda: QuantTensor.quantize(torch.ones(4, 64), config),
+        lambda: nybble.quantize_(torch.nn.Sequential(torch.nn.Linear(64, 64)), config),
+    ):
+        with pytest.raises(ValueError, match="found by calibration"):
+            call()
+    assert not (tmp_path / "no").exists()
+
+
 def test_encoders_too(make: Callable[..., Path], tmp_path: Path) -> None:
     report = nybble.quantize(make("bert"), tmp_path / "q", calibration=SMALL)
     assert sum(row.output_error is not None for row in report.tensors) == 18

@@ -96,7 +96,7 @@ def test_codebooks_that_are_not_16_sorted_finite_numbers(numbers, message):
 def test_unknown_formats_list_the_known_ones():
     with pytest.raises(ValueError, match=r"'nf3'.*nf4, fp4, int4, or 16 numbers"):
         codebook("nf3")
-    with pytest.raises(ValueError, match=r"'nf3'.*nf4, fp4, int4, int8, or 16 numbers"):
+    with pytest.raises(ValueError, match=r"'nf3'.*nf4, fp4, int4, int8, learned, or 16 numbers"):
         QuantConfig(format="nf3")
 
 

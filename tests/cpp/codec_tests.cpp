@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <limits>
 
+#include "codec_rule.h"
 #include "core/check.h"
 #include "numbers.h"
 #include "support.h"
@@ -14,7 +15,6 @@ namespace {
 
 const std::vector<int> kThreads = {1, 2, 3};
 const std::vector<DType> kDTypes = {DType::f32, DType::f16, DType::bf16};
-constexpr float kSmallest = 1e-38F;
 
 // Around vectors of 4, 8 and 16, blocks, a task's 65536 elements.
 int64_t random_count(Random& random) {
@@ -57,54 +57,7 @@ int64_t damage(Random& random, std::vector<double>* values) {
   return first;
 }
 
-std::vector<float> floats_of(const Values& values) { return {values.exact.begin(), values.exact.end()}; }
-
-std::vector<float> random_codebook(Random& random) {
-  std::vector<float> codes(16);
-  for (float& code : codes) code = static_cast<float>(2.0 * random.uniform() - 1.0);
-  if (!random.one_in(3)) codes[static_cast<size_t>(random.below(16))] = 0.0F;
-  if (random.one_in(4)) codes[3] = codes[11];  // FP4 has two zeros
-  if (!random.one_in(3)) std::sort(codes.begin(), codes.end());
-  return codes;
-}
-
 // ---- the rule -------------------------------------------------------------------------------------------------------
-
-struct Sorted {
-  std::vector<float> code;
-  std::vector<int> index;
-
-  explicit Sorted(const std::vector<float>& codes) : index(codes.size()) {
-    for (size_t i = 0; i < index.size(); ++i) index[i] = static_cast<int>(i);
-    std::stable_sort(index.begin(), index.end(), [&](int a, int b) { return codes[a] < codes[b]; });
-    for (int i : index) code.push_back(codes[static_cast<size_t>(i)]);
-  }
-
-  // The number of midpoints below s.
-  size_t rank(float s) const {
-    size_t rank = 0;
-    for (size_t i = 0; i + 1 < code.size(); ++i) rank += s > (code[i] + code[i + 1]) / 2.0F ? 1 : 0;
-    return rank;
-  }
-};
-
-float clamped(float s) { return std::min(1.0F, std::max(-1.0F, s)); }
-
-float largest(const std::vector<float>& x, size_t start, size_t end) {
-  float most = 0.0F;
-  for (size_t i = start; i < end; ++i) most = std::max(most, std::fabs(x[i]));
-  return most;
-}
-
-std::vector<uint8_t> packed_by_rule(const std::vector<float>& x, size_t block, const Sorted& sorted,
-                                    const float* absmax) {
-  std::vector<uint8_t> packed((x.size() + 1) / 2);
-  const auto nibble = [&](size_t i) {
-    return sorted.index[sorted.rank(i < x.size() ? clamped(x[i] * (1.0F / absmax[i / block])) : 0.0F)];
-  };
-  for (size_t i = 0; i < packed.size(); ++i) packed[i] = static_cast<uint8_t>(nibble(2 * i) << 4 | nibble(2 * i + 1));
-  return packed;
-}
 
 std::vector<float> absmax_by_rule(const std::vector<float>& x, size_t block) {
   std::vector<float> absmax;
@@ -115,12 +68,6 @@ std::vector<float> absmax_by_rule(const std::vector<float>& x, size_t block) {
 }
 
 // ---- comparison -----------------------------------------------------------------------------------------------------
-
-template <class T>
-bool equal(const Output& output, const std::vector<T>& expected) {
-  return output.size() == expected.size() * sizeof(T) &&
-         (expected.empty() || std::memcmp(output.bytes(), expected.data(), output.size()) == 0);
-}
 
 // The bits of numbers of `dtype`, the sign of a zero included.
 bool equal_numbers(const Output& output, const std::vector<float>& expected, DType dtype) {
@@ -143,10 +90,6 @@ void everywhere(Run& run, const std::string& description, const One& one) {
     }
     run.report.checked(table->isa);
   }
-}
-
-void expect(Run& run, bool holds, const std::string& description, const char* what) {
-  if (!holds) run.report.fail(description, what);
 }
 
 // `bad` is the first place that is not finite, or -1.
@@ -192,95 +135,6 @@ void quantize_4bit_case(Run& run, Random& random) {
     expect(run, equal(scales, absmax), what, "other scales than the rule's");
     expect(run, equal(packed, expected), what, "other codes than the rule's");
   });
-}
-
-// Squared error of block elements [start, end) under the rule with this scale.
-double squared_error(const std::vector<float>& x, size_t start, size_t end, const Sorted& sorted, float scale) {
-  double error = 0.0;
-  for (size_t i = start; i < end; ++i) {
-    const double code = sorted.code[sorted.rank(clamped(x[i] * (1.0F / scale)))];
-    error += (x[i] - code * scale) * (x[i] - code * scale);
-  }
-  return error;
-}
-
-// The least error over the candidates, each with the least-squares scale of its own codes.
-double best_error(const std::vector<float>& x, size_t start, size_t end, const Sorted& sorted, float absmax,
-                  double norm) {
-  double best = squared_error(x, start, end, sorted, absmax);
-  for (int candidate = 0; candidate <= 32; ++candidate) {
-    const float scale = absmax * (0.5F + static_cast<float>(candidate) / 64.0F);
-    double dot = 0.0, square = 0.0;
-    for (size_t i = start; i < end; ++i) {
-      const double code = sorted.code[sorted.rank(clamped(x[i] * (1.0F / scale)))];
-      dot += x[i] * code;
-      square += code * code;
-    }
-    if (square > 0.0 && dot > 0.0) best = std::min(best, norm - dot * dot / square);
-  }
-  return best;
-}
-
-// search = mse: sums may differ in their last bits from ISA to ISA, so the scale may. What must hold is that the codes
-// are the rule's for the stored scale and that its error is the least of the candidates'. A kernel compares gains that
-// are off by gamma_n |x|^2 (dot and norm, n roundings each, 3 of their combination), and rounds the scale.
-void check_mse(Run& run, const std::vector<float>& x, size_t block, const Sorted& sorted, const float* scales,
-               const Output& packed, const std::string& what) {
-  expect(run, equal(packed, packed_by_rule(x, block, sorted, scales)), what, "other codes than its scales give");
-  for (size_t start = 0; start < x.size(); start += block) {
-    const size_t end = std::min(x.size(), start + block);
-    const float absmax = std::max(kSmallest, largest(x, start, end));
-    double norm = 0.0;
-    for (size_t i = start; i < end; ++i) norm += static_cast<double>(x[i]) * x[i];
-    const double slack = 6.0 * static_cast<double>(end - start + 8) * 0x1p-24 * norm;
-    const double error = squared_error(x, start, end, sorted, scales[start / block]);
-    if (!(error <= best_error(x, start, end, sorted, absmax, norm) + slack)) {
-      return run.report.fail(what, format("block %zu is not of least error", start / block));
-    }
-  }
-}
-
-void quantize_mse_case(Run& run, Random& random) {
-  const DType dtype = random.pick(kDTypes);
-  const int64_t count = random.between(1, 1500);
-  const int64_t block = int64_t{32} << random.below(8);
-  std::vector<double> tensor = random_values(random, count, random.pick<Magnitude>({{0, 0}, {-3, 0}, {0, 3}}));
-  if (random.one_in(3)) std::fill(tensor.begin(), tensor.begin() + std::min<int64_t>(count, block), 0.0);
-  const Values x = encode(std::move(tensor), dtype, random.below(8));
-  const std::vector<float> codes = random_codebook(random);
-  const Input codebook = Input::of(codes, random.below(4));
-  const std::vector<float> values = floats_of(x);
-  const Sorted sorted(codes);
-  const std::string description =
-      format("mse of %lld %s, block %lld", (long long)count, name_of(dtype), (long long)block);
-  for (const KernelTable* table : run.tables) {
-    std::unique_ptr<Output> first_packed, first_scales;
-    for (int threads : kThreads) {
-      const std::string what = format("%s: %s, %d threads", table->isa, description.c_str(), threads);
-      auto packed = std::make_unique<Output>((count + 1) / 2, 1, 1);
-      auto scales = std::make_unique<Output>(divide_up(count, block), 4, 1);
-      Quantize4Args args;
-      args.x = x.memory.as<void>();
-      args.dtype = dtype;
-      args.count = count;
-      args.block_size = block;
-      args.codebook = codebook.as<float>();
-      args.search = Search::mse;
-      args.packed = packed->as<uint8_t>();
-      args.absmax = scales->as<float>();
-      args.threads = threads;
-      expect(run, table->quantize_4bit(args).ok(), what, "fails");
-      expect(run, packed->guards_intact() && scales->guards_intact(), what, "writes outside its outputs");
-      if (first_packed == nullptr) {
-        check_mse(run, values, static_cast<size_t>(block), sorted, scales->as<float>(), *packed, what);
-        first_packed = std::move(packed);
-        first_scales = std::move(scales);
-      } else {
-        expect(run, packed->same(*first_packed) && scales->same(*first_scales), what, "other bits than one thread");
-      }
-    }
-    run.report.checked(table->isa);
-  }
 }
 
 void dequantize_4bit_case(Run& run, Random& random) {
@@ -476,8 +330,8 @@ void int8_rows_case(Run& run, Random& random) {
 
 void test_codecs(Run& run) {
   using Case = void (*)(Run&, Random&);
-  const Case kinds[] = {quantize_4bit_case, quantize_mse_case,    dequantize_4bit_case,
-                        quantize_8bit_case, dequantize_8bit_case, int8_rows_case};
+  const Case kinds[] = {quantize_4bit_case, dequantize_4bit_case, quantize_8bit_case, dequantize_8bit_case,
+                        int8_rows_case};
   for (int64_t index = 0; index < run.cases; ++index) {
     Random random(run.seed * 1000003 + static_cast<uint64_t>(index));
     for (const Case each : kinds) each(run, random);

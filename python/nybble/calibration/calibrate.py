@@ -18,7 +18,7 @@ from ..formats import QuantConfig
 from ..tensor import QuantTensor
 from . import moments
 from .blocks import Blocks
-from .rounding import Moments, Rounded, round_weight
+from .rounding import Moments, Rounded, plain_rule, round_weight
 from .settings import Rounding
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ class Calibrator:
         made = self._made.pop(tensor)
         if made is None:
             layer = next(layer for layer in self._layers[index] if layer.tensor == tensor)
-            plain = QuantTensor.quantize(weight, layer.config, tensor)
+            plain = QuantTensor.quantize(weight, plain_rule(layer.config), tensor)
             plain.dtype = layer.dtype
             made = Rounded(plain)
         return weight, made

@@ -7,16 +7,18 @@ of the outputs on the calibration data over their squares.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import backends
 from ..errors import CalibrationError
-from ..formats import NESTED_BLOCK_SIZE, QuantConfig, dynamic_map
+from ..formats import NESTED_BLOCK_SIZE, NF4, QuantConfig, dynamic_map
 from ..reference import MIN_ABSMAX
 from ..tensor import QuantTensor
+from .codebook import learn_codebook
 from .settings import Rounding
 
 # Rows whose scales are fitted at once: their systems of equations take rows * (columns / block)^2 * 4 bytes.
@@ -74,15 +76,18 @@ def round_weight(weight: Tensor, moments: Moments, config: QuantConfig, dtype: t
     """Quantize `weight` (fp32 [N, K]) to `config`'s format by the moments of the inputs.
 
     Args:
-        config: any 4-bit format or int8; its `search` is not looked at.
+        config: any 4-bit format, "learned" among them, or int8; its `search` is not looked at.
         dtype: what the weight is stored as being of.
 
     Raises:
         NonFiniteError: the weight holds NaN or infinity; names `name`.
     """
     weight = weight.contiguous()
-    plain = QuantTensor.quantize(weight, config, name)  # checks the values, too
+    plain = QuantTensor.quantize(weight, plain_rule(config), name)  # checks the values, too
     error_plain = output_error(weight, plain.dequantize(), moments.hessian)
+    if config.is_learned:
+        codes = learn_codebook(weight, moments.importance, config.block_size)
+        config = replace(config, format=tuple(codes.tolist()))
     rounder = _Int8(weight) if config.codebook is None else _FourBit(weight, moments, config, name)
     best = rounder.round(moments)
     best.dtype = dtype
@@ -91,6 +96,12 @@ def round_weight(weight: Tensor, moments: Moments, config: QuantConfig, dtype: t
         plain.dtype = dtype
         return Rounded(plain, error_plain, error_plain)
     return Rounded(best, error_plain, error)
+
+
+def plain_rule(config: QuantConfig) -> QuantConfig:
+    """For where nothing is known of a layer's inputs: absmax scales, nearest codes; NF4's where some are to be learned."""
+    codes: Any = NF4 if config.is_learned else config.format
+    return replace(config, format=codes, search="absmax")
 
 
 def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..calibration import Calibration
 from ..calibration.calibrate import Calibrator
 from ..calibration.config import Text, identity
-from ..calibration.rounding import Rounded
+from ..calibration.rounding import Rounded, plain_rule
 from ..tensor import QuantTensor
 from . import bnb
 from .files import Source, TensorInfo
@@ -49,6 +49,9 @@ class Calibrated:
                 f"({settings.samples} asked for)"
             )
         left = [name for name in selection.settings if name not in self._calibrator.blocks]
+        for name in left:
+            if selection.settings[name].is_learned:
+                selection.settings[name] = plain_rule(selection.settings[name])
         if left:
             more = f" and {len(left) - 1} more" if len(left) > 1 else ""
             self.notes.append(f"{left[0]}{more} rounded without calibration: not a linear layer of a block")

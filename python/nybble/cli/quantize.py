@@ -54,7 +54,9 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
 def command(
     src: Annotated[Path, typer.Argument(help="A .safetensors file or a Hugging Face directory.")],
     dst: Annotated[Path, typer.Argument(help="A new or empty directory, or one with an unfinished run.")],
-    format: Annotated[str, typer.Option("--format", "-f", help="nf4, fp4, int4 or int8.")] = "nf4",
+    format: Annotated[
+        str, typer.Option("--format", "-f", help="nf4, fp4, int4, int8, or learned (with --calibrate).")
+    ] = "nf4",
     block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64, ... 4096.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
     search: Annotated[str, typer.Option(help="How a scale is chosen: absmax, mse or square.")] = "absmax",
