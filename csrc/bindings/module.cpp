@@ -189,7 +189,7 @@ void round_with(Address target, int64_t rows, int64_t cols, Address matrix, Addr
   args.order = pointer<const int32_t>(order);
   args.absmax = pointer<const float>(absmax);
   args.codebook = pointer<const float>(codebook);
-  args.block_shift = log2_of(block_size);
+  args.block_shift = power_of_two(block_size, "block_size");
   args.sweeps = sweeps;
   args.codes = pointer<uint8_t>(codes);
   args.threads = threads;

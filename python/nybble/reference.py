@@ -488,6 +488,8 @@ def check_rounding(
     need = rows if codebook is None else -(-rows * cols // block_size)
     if tuple(absmax.shape) != (need,):
         raise LayoutError(f"absmax has shape {tuple(absmax.shape)}; {list(target.shape)} needs [{need}]")
+    if not bool((absmax != 0).all()):
+        raise LayoutError("absmax holds a scale that is 0; 1e-38 stands for nothing")
     if order is not None:
         if order.dtype != torch.int32 or tuple(order.shape) != (cols,) or not order.is_contiguous():
             raise LayoutError(f"order is {order.dtype} {tuple(order.shape)}; it must be int32 [{cols}], contiguous")

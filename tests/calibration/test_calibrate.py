@@ -179,8 +179,7 @@ def test_learned_codebooks(make: Callable[..., Path], tmp_path: Path) -> None:
     assert json.loads((tmp_path / "q" / "config.json").read_text())["quantization_config"]["quant_method"] == "nybble"
     blocks = [row for row in report.tensors if row.output_error is not None]
     assert [row.bits_per_weight for row in blocks] == [row.bits_per_weight for row in fixed.tensors]
-    better = [a.output_error < b.output_error for a, b in zip(blocks, fixed.tensors, strict=True)]
-    assert sum(better) > 0.9 * len(better)
+    assert sum(row.output_error for row in blocks) < sum(row.output_error for row in fixed.tensors)
     a = weight_of(tmp_path / "q", "model.layers.0.mlp.up_proj").codebook
     b = weight_of(tmp_path / "q", "model.layers.1.mlp.up_proj").codebook
     assert bool((a[1:] > a[:-1]).all()) and not torch.equal(a, b)
@@ -257,6 +256,99 @@ def test_dead_inputs_and_few_tokens(make: Callable[..., Path], tmp_path: Path) -
     save_file(tensors, source / "model.safetensors", {"format": "pt"})
     few = Calibration(TOKENS, samples=1, seq=4, rounding=SETTINGS)
     report = nybble.quantize(source, tmp_path / "q", calibration=few)
-    dead = [row for row in report.tensors if "layers.1.self_attn.q_proj" in row.name]
-    assert dead[0].output_error == 0.0 or dead[0].output_error <= dead[0].output_error_plain
+    dead = next(row for row in report.tensors if "layers.1.self_attn.q_proj" in row.name)
+    assert dead.output_error == dead.output_error_plain == 0.0
+    # Nothing is known of its inputs, so it is rounded as where every error counts alike.
+    assert dead.relative_error < 0.12
     assert nybble.load(tmp_path / "q")(TOKENS[None, :16]).logits.isfinite().all()
+
+
+def rounded(
+    weight: torch.Tensor, config: QuantConfig, seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, float, float]:
+    """(decoded, its plain counterpart, the errors of the outputs of both) for inputs that are correlated."""
+    generator = torch.Generator().manual_seed(seed)
+    k = weight.shape[1]
+    x = torch.randn(4 * k, k, generator=generator) @ torch.randn(k, k, generator=generator)
+    h = x.t() @ x / x.shape[0]
+    found = round_weight(weight, Moments(h, SETTINGS), config, torch.float32, "w").tensor.dequantize()
+    plain = QuantTensor.quantize(weight, config).dequantize()
+    scale = (weight.double() @ x.t().double()).norm(dim=1).clamp_min(1e-300)
+    errors = [((weight - each).double() @ x.t().double()).norm(dim=1) / scale for each in (found, plain)]
+    return found, plain, *(float(e.mean()) for e in errors)
+
+
+def test_scales_below_zero_are_used_as_they_are() -> None:
+    """Under double quantization small blocks beside large ones may decode to scales below 0."""
+    base = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    large = torch.arange(64)[:, None] % 4 == 0
+    candidates = [torch.where(large, base * factor, base) for factor in (20, 30, 40, 50, 60, 80, 100, 150, 200)]
+    weight = next(w for w in candidates if bool((QuantTensor.quantize(w).absmax_float() < 0).any()))
+    _, _, ours, plain = rounded(weight, QuantConfig())
+    assert ours < plain
+
+
+@pytest.mark.parametrize("config", [QuantConfig(), QuantConfig("int8", double_quant=False)], ids=["nf4", "int8"])
+def test_rows_of_zeros_stay_zeros(config: QuantConfig) -> None:
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0.0
+    weight[5] = 1e-40
+    found, _, _, _ = rounded(weight, config if not config.is_4bit else QuantConfig(double_quant=False))
+    assert bool((found[3] == 0).all()) and float(found[5].abs().max()) < 1e-37
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_weights_of_any_magnitude(scale: float) -> None:
+    weight = torch.randn(16, 128, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(512, 128, generator=torch.Generator().manual_seed(1)) @ torch.randn(128, 128)
+    h = x.t() @ x / 512
+    a = round_weight(weight, Moments(h.clone(), SETTINGS), QuantConfig(double_quant=False), torch.float32, "w")
+    b = round_weight(weight * scale, Moments(h.clone(), SETTINGS), QuantConfig(double_quant=False), torch.float32, "w")
+    assert b.error == pytest.approx(a.error, rel=0.05) and b.error_plain == pytest.approx(a.error_plain, rel=0.01)
+    c = round_weight(weight, Moments(h * 1e-20, SETTINGS), QuantConfig(double_quant=False), torch.float32, "w")
+    assert c.error == pytest.approx(a.error, rel=0.05)
+
+
+def test_the_plain_rule_is_absmax_whatever_the_search(make: Callable[..., Path], tmp_path: Path) -> None:
+    source = make()
+    a = nybble.quantize(source, tmp_path / "a", QuantConfig(), calibration=SMALL)
+    b = nybble.quantize(source, tmp_path / "b", QuantConfig(search="mse"), calibration=SMALL)
+    assert [r.output_error_plain for r in a.tensors] == [r.output_error_plain for r in b.tensors]
+
+
+def test_refits_lower_the_error(make: Callable[..., Path]) -> None:
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1024, 256, generator=torch.Generator().manual_seed(1)) @ torch.randn(256, 256)
+    h = x.t() @ x / 1024
+    errors = [
+        round_weight(weight, Moments(h.clone(), Rounding(refits=n)), QuantConfig(), torch.float32, "w").error
+        for n in (0, 1, 2)
+    ]
+    assert errors[1] < errors[0] and errors[2] <= errors[1]
+
+
+def test_experts_in_three_dimensions_are_run_as_they_are_written(tmp_path: Path, make: Callable[..., Path]) -> None:
+    from nybble.calibration import moments
+
+    if not hasattr(transformers, "GptOssConfig"):
+        pytest.skip("this transformers has no GPT-OSS")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.GptOssConfig(
+        **sizes, num_key_value_heads=2, head_dim=16, vocab_size=256, num_local_experts=2, num_experts_per_tok=1
+    )
+    torch.manual_seed(0)
+    model = transformers.GptOssForCausalLM(config)
+    model.save_pretrained(tmp_path / "model")
+    seen = []
+    run = moments.run
+
+    def watch(block, calls, hidden):
+        seen.append(block.mlp.experts.down_proj.clone())
+        run(block, calls, hidden)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(moments, "run", watch)
+        nybble.quantize(tmp_path / "model", tmp_path / "q", calibration=SMALL)
+    exact = model.model.layers[0].mlp.experts.down_proj.detach()
+    plain = QuantTensor.quantize(exact, QuantConfig()).dequantize(torch.float32)
+    assert torch.equal(seen[0], plain) and not torch.equal(seen[0], exact)

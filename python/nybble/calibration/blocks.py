@@ -6,8 +6,9 @@ block is called with (masks, rotary tables); then a block at a time gets its wei
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -36,11 +37,23 @@ class Call:
 
     @classmethod
     def split(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Call]:
-        """The hidden states, and the rest."""
-        if args:
-            return args[0], cls(tuple(args[1:]), dict(kwargs))
+        """The hidden states, and the rest.
+
+        Raises:
+            CalibrationError: there are no hidden states, or the rest holds a state that changes as blocks run.
+        """
         rest = dict(kwargs)
-        return rest.pop(_INPUT), cls((), rest)
+        given = args[0] if args else rest.pop(_INPUT, None)
+        if not isinstance(given, Tensor):
+            raise CalibrationError(
+                f"its blocks are not called with {_INPUT}, but with {', '.join(kwargs) or 'nothing'}"
+            )
+        for name, value in rest.items():
+            if "Cache" in type(value).__name__ or "State" in type(value).__name__:
+                raise CalibrationError(
+                    f"its blocks share a state that changes as they run ({name}: {type(value).__name__})"
+                )
+        return given, cls(tuple(args[1:]), rest)
 
     def on(self, block: nn.Module, hidden: Tensor) -> Tensor:
         """The hidden states after `block`."""
@@ -55,25 +68,34 @@ class Blocks:
         path: of the list of blocks in the model, such as "model.layers". count: how many blocks.
         hidden: fp32 [samples, tokens, width], after `look` what comes before block 0. Overwritten by whoever walks
             through the blocks.
-        files: name of a block's parameter in the model -> name of the tensor in the files.
+        files: name of a parameter or buffer in the model -> name of the tensor in the files.
     """
+
+    hidden: Tensor
 
     def __init__(self, source: Source, scales: Mapping[str, TensorInfo | None], tile: tuple[int, int]) -> None:
         """`scales`, `tile`: of fp8 weights, as in `checkpoint.select.Selection`.
 
         Raises:
-            CalibrationError: the model is not one stack of blocks.
+            CalibrationError: the model is not one stack of blocks whose parameters are the files' tensors.
             CheckpointError: transformers cannot build it.
         """
         self._source, self._scales, self._tile = source, scales, tile
         self._model = skeleton(source.root, torch.float32).eval()
-        self.path = _find_stack(self._model)
+        self._model.config.use_cache = False
+        self.path = find_stack(self._model)
         stack = self._model.get_submodule(self.path)
         assert isinstance(stack, nn.ModuleList)
         self._stack, self.count = stack, len(stack)
         self._reader = Reader(source, "cpu")
         self.files = self._resolve()
         self._calls: list[list[Call]] = []
+        missing = [name for name, _ in stack.named_parameters(self.path) if name not in self.files]
+        if missing:
+            raise CalibrationError(
+                f"{source.root}: calibration takes blocks as they lie in the files; {missing[0]!r} of "
+                f"{type(self._model).__name__} is not there (transformers makes it of other tensors while loading)"
+            )
 
     def check(self, tokens: Tensor) -> None:
         """Raises ValueError unless the model can take these tokens, int64 [samples, tokens]."""
@@ -84,7 +106,8 @@ class Blocks:
         """Run what comes before the blocks on tokens, unless that is done already.
 
         Raises:
-            CalibrationError: the model needs more than token ids, or its files lack a tensor.
+            CalibrationError: the model needs more than token ids, its files lack a tensor, or its blocks are not run
+                one after another, each once, with nothing in between.
         """
         if not self._calls:
             self._look(tokens)
@@ -99,10 +122,13 @@ class Blocks:
 
     def _resolve(self) -> dict[str, str]:
         names = Names(self._model)
-        known = {name for name, _ in self._model.named_parameters(remove_duplicate=False)}
-        known |= {name for name, _ in self._model.named_buffers()}
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        known = parameters.keys() | {name for name, _ in self._model.named_buffers()}
         resolved = ((names.resolve(key, known), key) for key in self._source.tensors)
-        return {name: key for name, key in resolved if name is not None}
+        files = {name: key for name, key in resolved if name is not None}
+        shared = {id(parameters[name]): key for name, key in files.items() if name in parameters}
+        tied = {name: shared[id(parameter)] for name, parameter in parameters.items() if id(parameter) in shared}
+        return {**tied, **files}
 
     # ---- weights ---------------------------------------------------------------------------------------------------
 
@@ -117,11 +143,7 @@ class Blocks:
         value = self._reader(info.name)
         return value if dtype is None or not value.is_floating_point() else value.to(dtype)
 
-    def _fill(self, module: nn.Module, path: str) -> None:
-        for inner, owner in module.named_modules():
-            self._fill_one(owner, f"{path}.{inner}" if inner else path, torch.float32)
-
-    def _fill_one(self, owner: nn.Module, path: str, dtype: torch.dtype | None) -> None:
+    def _fill(self, owner: nn.Module, path: str, dtype: torch.dtype | None) -> None:
         """Give a module its own parameters and buffers."""
         for leaf, parameter in owner._parameters.items():
             if parameter is None:
@@ -141,13 +163,14 @@ class Blocks:
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights in fp32, as long as it is needed."""
-        block = self._stack[index]
-        self._fill(block, f"{self.path}.{index}")
+        block, path = self._stack[index], f"{self.path}.{index}"
+        for inner, owner in block.named_modules():
+            self._fill(owner, f"{path}.{inner}" if inner else path, torch.float32)
         try:
             yield block
         finally:
             for owner in block.modules():
-                _empty_one(owner)
+                _empty(owner)
 
     def calls(self, index: int) -> list[Call]:
         """What block `index` is called with, for every sample."""
@@ -156,50 +179,42 @@ class Blocks:
     # ---- before the first block ------------------------------------------------------------------------------------
 
     def _look(self, tokens: Tensor) -> None:
+        with self._run_outside() as passed:
+            first, call = self._first_input(tokens[:1])
+            with self.block(0) as block:
+                example = block(first, *call.args, **call.kwargs)
+            self._check_output(first, example)
+            self._record(tokens, example, passed)
+
+    @contextmanager
+    def _run_outside(self) -> Iterator[list[bool]]:
+        """Modules around the blocks get their weights when they are run; none is run once the list holds True."""
+        passed = [False]
         inside = {id(module) for module in self._stack.modules()}
-        head = self._model.get_output_embeddings()  # comes after the blocks, so it is not run
-        outside = [(n, m) for n, m in self._model.named_modules() if id(m) not in inside and m is not head]
+        outside = [(name, module) for name, module in self._model.named_modules() if id(module) not in inside]
+        around = {name for name, _ in outside if self.path.startswith(prefix_of(name))}
         hooks = []
         for name, module in outside:
-            # Rows are looked up in a table that stays in the file: it is not worth a copy in fp32.
-            table = isinstance(module, nn.Embedding)
-            self._fill_one(module, name, None if table else torch.float32)
-            if table:
+
+            def before(module: nn.Module, given: Any, name: str = name) -> None:
+                if passed[0] and name not in around:
+                    raise StopBlock
+                # Rows are looked up in a table that stays in the file: it is not worth a copy in fp32.
+                if any(p is not None and p.is_meta for p in module._parameters.values()) or name not in filled:
+                    self._fill(module, name, None if isinstance(module, nn.Embedding) else torch.float32)
+                    filled.add(name)
+
+            hooks.append(module.register_forward_pre_hook(before))
+            if isinstance(module, nn.Embedding):
                 hooks.append(module.register_forward_hook(lambda module, given, out: out.float()))
+        filled: set[str] = set()
         try:
-            self._record(tokens)
+            yield passed
         finally:
             for hook in hooks:
                 hook.remove()
             for _, module in outside:
-                _empty_one(module)
-
-    def _record(self, tokens: Tensor) -> None:
-        first, call = self._first_input(tokens[:1])
-        with self.block(0) as block:
-            example = block(first, *call.args, **call.kwargs)
-        self._check_output(first, example)
-        # Blocks that hand on what they are given: the masks and tables of all blocks, without computing any.
-        known: list[Tensor] = []
-        hidden: list[Tensor] = []
-        self._calls = [[] for _ in range(self.count)]
-
-        def stub(index: int) -> Callable[..., Any]:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                given, call = Call.split(args, kwargs)
-                if index == 0:
-                    hidden.append(given.float().clone())
-                self._calls[index].append(_shared(call, known))
-                if index == self.count - 1:
-                    raise StopBlock
-                return (given, *example[1:]) if isinstance(example, tuple) else given
-
-            return forward
-
-        with _replaced(dict(enumerate(self._stack)), stub):
-            for row in tokens:
-                self._run(row[None])
-        self.hidden = torch.cat(hidden)
+                _empty(module)
 
     def _first_input(self, tokens: Tensor) -> tuple[Tensor, Call]:
         seen: list[tuple[Tensor, Call]] = []
@@ -211,22 +226,67 @@ class Blocks:
 
             return forward
 
-        with _replaced({0: self._stack[0]}, stub):
+        with _replaced([self._stack[0]], stub):
             self._run(tokens)
+        if not seen:
+            raise CalibrationError(f"{type(self._model).__name__} does not run its {self.path!r}")
         return seen[0]
 
+    def _record(self, tokens: Tensor, example: Any, passed: list[bool]) -> None:
+        """Blocks that hand on what they are given: the masks and tables of all blocks, without computing any."""
+        known: list[Tensor] = []
+        self._calls = [[] for _ in range(self.count)]
+        handed: list[Tensor] = []
+        at = 0
+
+        def stub(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                given, call = Call.split(args, kwargs)
+                if index != len(handed):
+                    raise CalibrationError("it does not run its blocks one after another, each once")
+                if index and not torch.equal(given, handed[-1]):
+                    raise CalibrationError(f"it does more between the blocks {index - 1} and {index} than to hand on")
+                if index == 0:
+                    if at == 0:
+                        self.hidden = torch.empty(tokens.shape[0], *given.shape[1:])
+                    self.hidden[at] = given[0]
+                self._calls[index].append(_shared(call, known))
+                handed.append(given.clone())
+                passed[0] = index == self.count - 1
+                return (handed[-1], *example[1:]) if isinstance(example, tuple) else handed[-1]
+
+            return forward
+
+        with _replaced(list(self._stack), stub):
+            for at, row in enumerate(tokens):  # noqa: B007
+                handed.clear()
+                passed[0] = False
+                self._run(row[None])
+                if len(handed) != self.count:
+                    raise CalibrationError(f"{type(self._model).__name__} runs {len(handed)} of {self.count} blocks")
+
     def _run(self, tokens: Tensor) -> None:
-        """The model's own forward pass, up to where a block stops it."""
-        options = {"use_cache": False} if getattr(self._model.config, "is_decoder", True) else {}
+        """The model's own forward pass, up to where it is stopped."""
+        parameters = inspect.signature(self._model.forward).parameters
+        takes = "use_cache" in parameters or any(p.kind == p.VAR_KEYWORD for p in parameters.values())
         try:
-            self._model(input_ids=tokens, **options)
+            self._model(input_ids=tokens, **({"use_cache": False} if takes else {}))
         except StopBlock:
             return
-        except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError, IndexError) as error:
+        except CalibrationError as error:
+            raise CalibrationError(f"{type(self._model).__name__} cannot be calibrated: {error}") from error
+        except (
+            TypeError,
+            ValueError,
+            RuntimeError,
+            AttributeError,
+            NotImplementedError,
+            IndexError,
+            KeyError,
+        ) as error:
             raise CalibrationError(
                 f"{type(self._model).__name__} cannot be run from token ids alone: {type(error).__name__}: {error}"
             ) from error
-        raise CalibrationError(f"{type(self._model).__name__} does not run its {self.path!r}")
 
     def _check_output(self, given: Tensor, example: Any) -> None:
         after = example[0] if isinstance(example, tuple) else example
@@ -237,39 +297,39 @@ class Blocks:
             )
 
 
-def _find_stack(model: nn.Module) -> str:
-    """The path of the list of blocks.
+def find_stack(model: nn.Module) -> str:
+    """The path of the list of blocks: the one outermost list of modules with linear layers in it.
 
     Raises:
         CalibrationError: there is none, or more than one.
     """
-    found: dict[str, int] = {}
+    found: list[str] = []
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in found):
             continue
-        if len({type(block) for block in module}) == 1 and any(isinstance(m, nn.Linear) for m in module.modules()):
-            found[path] = sum(math.prod(p.shape) for p in module.parameters())
+        if any(isinstance(inner, nn.Linear) for inner in module.modules()):
+            found.append(path)
     if len(found) != 1:
         what = f"{len(found)} lists of blocks ({', '.join(found)})" if found else "no list of blocks"
         raise CalibrationError(
             f"{type(model).__name__} has {what}; calibration takes models of one stack, such as decoders and encoders"
         )
-    return next(iter(found))
+    return found[0]
 
 
 @contextmanager
-def _replaced(modules: Mapping[int, nn.Module], stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+def _replaced(modules: Sequence[nn.Module], stub: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
     """Modules whose forward is a stub for a while."""
-    for index, module in modules.items():
+    for index, module in enumerate(modules):
         module.forward = stub(index)
     try:
         yield
     finally:
-        for module in modules.values():
+        for module in modules:
             del module.forward
 
 
-def _empty_one(owner: nn.Module) -> None:
+def _empty(owner: nn.Module) -> None:
     for leaf, parameter in owner._parameters.items():
         if parameter is not None:
             owner._parameters[leaf] = nn.Parameter(parameter.to("meta"), requires_grad=False)
@@ -288,7 +348,8 @@ def _shared(call: Call, known: list[Tensor]) -> Call:
             known.append(value)
             return value
         if isinstance(value, (tuple, list)):
-            return type(value)(one(item) for item in value)
+            items = [one(item) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         if isinstance(value, dict):
             return {key: one(item) for key, item in value.items()}
         return value

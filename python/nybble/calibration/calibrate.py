@@ -6,7 +6,8 @@ that come before it, so later weights make up for what earlier ones lost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -62,14 +63,20 @@ class Calibrator:
         self._blocks.check(tokens)
         self._rounding = rounding
         self._layers: list[list[Layer]] = [[] for _ in range(self._blocks.count)]
+        # What others quantize by the plain rule: experts in three dimensions.
+        self._others: list[list[Layer]] = [[] for _ in range(self._blocks.count)]
         prefix = f"{self._blocks.path}."
         for name, tensor in self._blocks.files.items():
             config = selection.settings.get(tensor)
-            if config is None or not name.startswith(prefix) or len(source.tensors[tensor].shape) != 2:
+            if config is None or not name.startswith(prefix):
                 continue
             index, _, path = name[len(prefix) :].partition(".")
-            path = path.removesuffix(".weight")
-            self._layers[int(index)].append(Layer(path, tensor, config, dtypes[tensor]))
+            matrix = len(source.tensors[tensor].shape) == 2
+            place = self._layers if matrix and path.endswith(".weight") else self._others
+            place[int(index)].append(
+                Layer(path.removesuffix(".weight") if matrix else path, tensor, config, dtypes[tensor])
+            )
+        self._names = {tensor: name for name, tensor in self._blocks.files.items()}
         self.order = [layer.tensor for layers in self._layers for layer in layers]
         if not self.order:
             raise CalibrationError(f"{source.root}: none of the weights to quantize is in a block of {prefix[:-1]!r}")
@@ -105,13 +112,20 @@ class Calibrator:
             made = Rounded(plain)
         return weight, made
 
-    @property
-    def _names(self) -> dict[str, str]:
-        return {tensor: name for name, tensor in self._blocks.files.items()}
+    @contextmanager
+    def _block(self, index: int) -> Iterator[nn.Module]:
+        with self._blocks.block(index) as block:
+            for other in self._others[index]:
+                owner, _, leaf = other.path.rpartition(".")
+                exact = block.get_submodule(owner)._parameters[leaf]
+                assert exact is not None
+                plain = QuantTensor.quantize(exact, other.config, other.tensor).dequantize(torch.float32)
+                block.get_submodule(owner)._parameters[leaf] = nn.Parameter(plain, requires_grad=False)
+            yield block
 
     def _pass(self, index: int, stored: Callable[[str], QuantTensor]) -> None:
         """Through a block whose weights an earlier run has quantized."""
-        with self._blocks.block(index) as block:
+        with self._block(index) as block:
             for layer in self._layers[index]:
                 _set_weight(block, layer.path, stored(layer.tensor).dequantize(torch.float32))
             moments.run(block, self._blocks.calls(index), self._blocks.hidden)
@@ -121,7 +135,7 @@ class Calibrator:
         layers = {layer.path: layer for layer in self._layers[index]}
         calls, hidden = self._blocks.calls(index), self._blocks.hidden
         made: dict[str, Rounded | None] = dict.fromkeys((layer.tensor for layer in layers.values()), None)
-        with self._blocks.block(index) as block:
+        with self._block(index) as block:
             for group in moments.groups(block, calls, hidden, layers):
                 seen = Moments(
                     moments.second_moments(block, calls, hidden, group[0]), self._rounding, layers[group[0]].tensor

@@ -1,6 +1,6 @@
 """One weight, rounded so that the layer's outputs change least: what a little data buys.
 
-The measure is tr((W - Q) H (W - Q)^T) / tr(W H W^T), with H the second moments of the layer's inputs: the squared error
+The measure is tr((W - Q) H (W - Q)^T) over tr(W H W^T), with H the second moments of the inputs: the squared error
 of the outputs on the calibration data over their squares.
 """
 
@@ -23,6 +23,8 @@ from .settings import Rounding
 
 # Rows whose scales are fitted at once: their systems of equations take rows * (columns / block)^2 * 4 bytes.
 _FIT_BYTES = 64 << 20
+# Inputs and weights below this, squared, are nothing.
+_NOTHING = 1e-30
 # A fitted scale may not leave what its first estimate allows: beyond, the system is ill-conditioned.
 _FIT_RANGE = (0.5, 1.5)
 
@@ -40,10 +42,15 @@ class Rounded:
 
 
 class Moments:
-    """H in the forms that rounding needs, for all weights that share an input."""
+    """H in the forms that rounding needs, for all weights that share an input.
+
+    Attributes:
+        hessian: H over the mean of its diagonal, damped; fp32 [K, K]. order: of its columns for rounding; None: as they
+            are. importance: its diagonal, fp32 [K].
+    """
 
     def __init__(self, moments: Tensor, settings: Rounding, name: str = "moments") -> None:
-        """`moments`: fp32 [K, K], symmetric, the mean of x x^T over the inputs x; kept, and its diagonal damped.
+        """`moments`: fp32 [K, K], symmetric, the mean of x x^T over the inputs x; taken over.
 
         Raises:
             CalibrationError: it holds NaN or infinity, or stays singular with the damping; says `name`.
@@ -53,13 +60,14 @@ class Moments:
         if not bool(torch.isfinite(diagonal).all()):
             raise CalibrationError(f"{name}: the inputs of this layer hold NaN or infinity on the calibration data")
         mean = float(diagonal.mean())
+        self._dead = not mean > _NOTHING
         # A layer whose inputs are all zero says nothing of its weight: every error counts alike.
-        diagonal.add_(settings.damping * mean if mean > 0 else 1.0)
-        self.hessian = moments
-        self.importance = (diagonal / diagonal.mean()).contiguous()
-        self.order = torch.argsort(diagonal, descending=True, stable=True) if settings.act_order else None
-        self.permuted = moments if self.order is None else moments[self.order][:, self.order].contiguous()
-        self.order32 = None if self.order is None else self.order.int()
+        self.hessian = torch.eye(moments.shape[0]) if self._dead else moments.div_(mean)
+        diagonal = self.hessian.diagonal().add_(settings.damping)
+        self.importance = diagonal.contiguous()
+        self.order = torch.argsort(diagonal, descending=True, stable=True).int() if settings.act_order else None
+        ordered = None if self.order is None else self.order.long()
+        self.permuted = self.hessian if ordered is None else self.hessian[ordered][:, ordered].contiguous()
         self.factor = self._factor(name)
 
     def _factor(self, name: str) -> Tensor:
@@ -70,6 +78,30 @@ class Moments:
                 if not int(failed):
                     return upper.float().contiguous()
         raise CalibrationError(f"{name}: its second moments are singular; use more text or a larger damping")
+
+    def damped_error(self, weight: Tensor, quantized: Tensor) -> float:
+        """What rounding makes small, over the weight's own: tr(E H E^T) / tr(W H W^T), E = W - Q."""
+        unit = _unit(weight)
+        return self._energy((weight - quantized) / unit) / max(self._energy(weight / unit), _NOTHING)
+
+    def output_error(self, weight: Tensor, quantized: Tensor) -> float:
+        """The relative RMS error of the layer's outputs on the calibration data; without the damping."""
+        if self._dead:
+            return 0.0
+        unit = _unit(weight)
+        energies = []
+        for each in ((weight - quantized) / unit, weight / unit):
+            damping = self.settings.damping * float(each.square().sum(dtype=torch.float64))
+            energies.append(max(0.0, self._energy(each) - damping))
+        return math.sqrt(energies[0] / energies[1]) if energies[1] else 0.0
+
+    def _energy(self, rows: Tensor) -> float:
+        return float(((rows @ self.hessian) * rows).sum(dtype=torch.float64))
+
+
+def _unit(weight: Tensor) -> float:
+    """What brings a weight into a range in which fp32 holds its squares."""
+    return max(float(weight.abs().max()) if weight.numel() else 0.0, MIN_ABSMAX)
 
 
 def round_weight(weight: Tensor, moments: Moments, config: QuantConfig, dtype: torch.dtype, name: str) -> Rounded:
@@ -84,33 +116,22 @@ def round_weight(weight: Tensor, moments: Moments, config: QuantConfig, dtype: t
     """
     weight = weight.contiguous()
     plain = QuantTensor.quantize(weight, plain_rule(config), name)  # checks the values, too
-    error_plain = output_error(weight, plain.dequantize(), moments.hessian)
     if config.is_learned:
         codes = learn_codebook(weight, moments.importance, config.block_size)
         config = replace(config, format=tuple(codes.tolist()))
     rounder = _Int8(weight) if config.codebook is None else _FourBit(weight, moments, config, name)
     best = rounder.round(moments)
+    exact, decoded = plain.dequantize(torch.float32), best.dequantize(torch.float32)
+    if moments.damped_error(weight, decoded) > moments.damped_error(weight, exact):
+        best, decoded = plain, exact  # never seen but for weights at the ends of fp32's range
     best.dtype = dtype
-    error = output_error(weight, best.dequantize(torch.float32), moments.hessian)
-    if error > error_plain:  # never seen, and never wanted
-        plain.dtype = dtype
-        return Rounded(plain, error_plain, error_plain)
-    return Rounded(best, error_plain, error)
+    return Rounded(best, moments.output_error(weight, exact), moments.output_error(weight, decoded))
 
 
 def plain_rule(config: QuantConfig) -> QuantConfig:
-    """For where nothing is known of a layer's inputs: absmax scales, nearest codes; NF4's where some are to be learned."""
+    """For where nothing is known of a layer's inputs: absmax scales, nearest codes; NF4's where others are learned."""
     codes: Any = NF4 if config.is_learned else config.format
     return replace(config, format=codes, search="absmax")
-
-
-def output_error(weight: Tensor, quantized: Tensor, hessian: Tensor) -> float:
-    """The relative RMS error of the outputs, from the moments of the inputs."""
-    return math.sqrt(_energy(weight - quantized, hessian) / max(_energy(weight, hessian), 1e-300))
-
-
-def _energy(weight: Tensor, hessian: Tensor) -> float:
-    return max(0.0, float(((weight @ hessian) * weight).sum(dtype=torch.float64)))
 
 
 class _Int8:
@@ -123,10 +144,11 @@ class _Int8:
         backend, settings = backends.of(self._weight), moments.settings
         # As the plain rule: through fp16, whose rounding belongs to the layout's definition of the scale.
         _, absmax = backend.quantize_int8(self._weight)
-        codes = backend.round_feedback(self._weight, moments.factor, absmax, None, 0, moments.order32)
+        usable = absmax.clamp_min(MIN_ABSMAX)  # rows of zeros have the scale 0
+        codes = backend.round_feedback(self._weight, moments.factor, usable, None, 0, moments.order)
         if settings.sweeps:
             codes = backend.round_descent(
-                codes, self._weight, moments.permuted, absmax, None, 0, moments.order32, settings.sweeps
+                codes, self._weight, moments.permuted, usable, None, 0, moments.order, settings.sweeps
             )
         return QuantTensor(codes, absmax, None, 0, tuple(self._weight.shape), torch.float32, "int8")
 
@@ -151,9 +173,11 @@ class _FourBit:
             decoded = scales.absmax_float()
             codes = self._codes(decoded, moments)
             tensor = self._packed(scales, codes)
-            error = output_error(self._weight, tensor.dequantize(torch.float32), moments.hessian)
-            if error < least:
+            error = moments.damped_error(self._weight, tensor.dequantize(torch.float32))
+            if best is None or error < least:
                 least, best = error, tensor
+            if self._weight.shape[1] % self._config.block_size:
+                break  # scales of blocks that straddle rows are not fitted
             if turn < settings.refits:
                 absmax = fit_scales(
                     self._weight, self._codebook, codes, decoded, moments.hessian, self._config.block_size
@@ -175,16 +199,14 @@ class _FourBit:
         return result
 
     def _codes(self, decoded: Tensor, moments: Moments) -> Tensor:
-        # A nested scale may come out as 0 or below where a block is far smaller than the others: its codes all stand
-        # for about nothing then, and dividing by it would not.
-        usable = decoded.clamp_min(MIN_ABSMAX)
+        # A nested scale may come out as 0, or below it where a block is far smaller than others. What is below is as
+        # good as any: the codes are picked for it as it is.
+        usable = torch.where(decoded.abs() < MIN_ABSMAX, MIN_ABSMAX, decoded)
         size, settings = self._config.block_size, moments.settings
-        codes = self._backend.round_feedback(
-            self._weight, moments.factor, usable, self._codebook, size, moments.order32
-        )
+        codes = self._backend.round_feedback(self._weight, moments.factor, usable, self._codebook, size, moments.order)
         if settings.sweeps:
             codes = self._backend.round_descent(
-                codes, self._weight, moments.permuted, usable, self._codebook, size, moments.order32, settings.sweeps
+                codes, self._weight, moments.permuted, usable, self._codebook, size, moments.order, settings.sweeps
             )
         return codes
 
@@ -203,11 +225,10 @@ def fit_scales(
     """The scales of least squared output error for given codes; fp32 [blocks].
 
     A row's blocks are coupled by H, so each row is a system of as many equations as it has blocks. Where a block
-    straddles two rows, the scales stay as they are.
+    straddles two rows there are no such systems.
     """
     rows, columns = weight.shape
-    if columns % block_size:
-        return scales
+    assert columns % block_size == 0
     count = columns // block_size
     result = torch.empty(rows, count)
     step = max(1, _FIT_BYTES // (4 * count * count + 12 * columns))
@@ -225,6 +246,7 @@ def fit_scales(
         system.diagonal(dim1=1, dim2=2).add_(ridge)
         fitted, failed = torch.linalg.solve_ex(system, wanted + ridge * now)
         low, high = _FIT_RANGE
-        good = (failed == 0)[:, None] & (fitted > low * now) & (fitted < high * now)
+        ratio = fitted / now
+        good = (failed == 0)[:, None] & (ratio > low) & (ratio < high)
         result[part] = torch.where(good, fitted, now)
     return result.view(-1)

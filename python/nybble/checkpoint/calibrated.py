@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,6 +59,14 @@ class Calibrated:
     def tasks(self) -> dict[str, Task]:
         """The tasks of the calibrated weights, in the order in which they must be done."""
         return {name: self._task(self._source.tensors[name]) for name in self._calibrator.order}
+
+    def unreached(self, results: Sequence[Mapping[str, Any]]) -> list[str]:
+        """A note on the weights that no sample reached (an expert that no token was sent to), given the results."""
+        rows = [row for row in results if row.get("name") in self._calibrator.blocks and row["output_error"] is None]
+        if not rows:
+            return []
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        return [f"{rows[0]['name']}{more} rounded by the plain rule: no sample reached it, more text may"]
 
     def _task(self, info: TensorInfo) -> Task:
         slots = bnb.slots_for(info.name, info.shape, self._selection.settings[info.name])

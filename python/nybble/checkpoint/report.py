@@ -23,7 +23,8 @@ class TensorReport:
         relative_error: ||W - Wq|| / ||W|| in Frobenius norms, which is also the RMS of the error over that of W.
         max_error: the largest |W - Wq|.
         output_error, output_error_plain: of a calibrated weight: relative RMS error of the layer's outputs on the
-            calibration text, and what it would be with the plain rule (the block's largest magnitude, nearest codes).
+            calibration text, and what it would be with the plain rule (absmax scales, nearest codes); None where no
+            sample reached the layer.
     """
 
     name: str

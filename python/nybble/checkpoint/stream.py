@@ -71,9 +71,9 @@ def quantize(
             from any of the threads, one call at a time.
         calibration: text by which the weights of the model's blocks are rounded, so that the layers' outputs change
             least (a `Calibration`, or just its data): a better model in the same files, for some minutes more. It runs
-            the model a block at a time, in fp32, on all of torch's threads (`workers` is for the rest), and takes
-            memory for one block, the moments of its inputs and the activations. Weights outside of the blocks are
-            rounded by `config.search`.
+            the model a block at a time, in fp32, on all of torch's threads (`workers` is not looked at), and takes
+            memory for one block, the moments of its inputs and the activations. Weights outside of the blocks, and
+            experts in three dimensions, are rounded by `config.search`.
 
     Returns:
         A report; `report.table()` is a rich table of its figures.
@@ -84,6 +84,7 @@ def quantize(
             writing there; a weight needs more than `max_memory`.
         DestinationExistsError: the destination is a file, not empty, or holds an unfinished run of other work.
         CalibrationError: the model is not one stack of blocks that runs from token ids, or the text is too short.
+        ValueError: token ids outside the model's vocabulary, windows longer than its context.
         PatternError: a pattern of `config.skip`, `include` or `overrides` matches no linear layer.
         NonFiniteError: a weight holds NaN or infinity; names the tensor and its file.
         StorageFullError: the disk is full; what is done is kept for the same call to go on.
@@ -127,6 +128,8 @@ def quantize(
         metadata = {**{str(k): str(v) for k, v in source.metadata.items()}, "format": "pt"}
         results = job.run(tasks, max_shard_size=int(max_shard_size), metadata=metadata, tick=tick)
         job.commit(files)
+    if calibrator is not None:
+        report.notes.extend(calibrator.unreached(results))
     report.tensors = [TensorReport.from_dict(result) for result in results if result]
     report.shards, report.bytes_after, report.resumed = job.shards, job.nbytes, job.resumed
     return report
