@@ -115,8 +115,7 @@ struct RoundArgs {
   const float* target = nullptr;
   int64_t rows = 0;
   int64_t cols = 0;
-  // [cols, cols]. round_feedback: U, upper triangular, U^T U = H^-1. round_descent: H, symmetric. Its diagonal is not
-  // 0.
+  // [cols, cols], no 0 on its diagonal. round_feedback: U, upper triangular, U^T U = H^-1. round_descent: H, symmetric.
   const float* matrix = nullptr;
   const int32_t* order = nullptr;   // [cols], a permutation; null: as they are
   const float* absmax = nullptr;    // 4 bits: [ceil(rows * cols / block)]; int8: [rows]

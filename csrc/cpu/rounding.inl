@@ -8,13 +8,14 @@
 // Rows of the weight do not know of each other. So a task takes kRoundRows of them, turned round so that lanes are
 // rows:
 //
-//              row 0 .. kRoundRows - 1
-//   position 0  [ . . . . . . . . ]      <- in one block of kRoundBlock positions every column waits for the one
-//   before; position 1  [ . . . . . . . . ]         what they do to all other positions is one product with a slice of
-//   the
-//      ...                                  matrix, four positions by kRoundRows sums in registers
+//                 row 0 .. kRoundRows - 1
+//   position 0    [ . . . . . . . . ]
+//   position 1    [ . . . . . . . . ]
+//      ...
 //
-// and an output depends on nothing that another task does.
+// In a block of kRoundBlock positions each waits for the one before. What they do to all other positions is one product
+// with a slice of the matrix, four positions by kRoundRows sums in registers. An output depends on nothing that another
+// task does.
 
 constexpr int kRoundVectors = kLanes == 16 ? 4 : 2;
 constexpr int64_t kRoundRows = kRoundVectors * kLanes;
