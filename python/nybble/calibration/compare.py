@@ -14,7 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import CalibrationError
+from ..nn.linear import QuantLinear
 from ..training.evaluate import check_length, check_vocabulary, perplexity_of
+from .blocks import find_stack
 
 # Logits of so many tokens are held at once, for both models.
 _CHUNK = 128
@@ -22,7 +25,7 @@ _CHUNK = 128
 
 @dataclass(frozen=True)
 class LayerError:
-    """Relative RMS difference of the hidden states after a block."""
+    """Relative RMS difference of a block's own output: the hidden states before anything that follows the block."""
 
     block: int
     relative_error: float
@@ -34,11 +37,12 @@ class Comparison:
 
     Attributes:
         perplexity_a, perplexity_b: exp of the mean -log p of the text's tokens.
-        kl: mean over the tokens of KL(p_A || p_B) of the next-token distributions, in nats.
+        kl: mean over the tokens of KL(p_A || p_B) of the next-token distributions, in nats; infinite where B rules
+            out a token that A does not.
         kl_99: its 99th percentile: what the worst hundredth of the tokens lose.
         top1: share of the tokens for which both models find the same token the likeliest.
         tokens: predictions that were compared.
-        layers: difference after every block, where both models have the same blocks.
+        layers: difference of every block's output, where both models are one stack of as many blocks of one width.
     """
 
     perplexity_a: float
@@ -81,7 +85,7 @@ class Comparison:
         axes = figure.subplots()
         axes.plot([row.block for row in self.layers], [row.relative_error for row in self.layers], "o-")
         axes.set_xlabel("block")
-        axes.set_ylabel("relative RMS error of the hidden states")
+        axes.set_ylabel("relative RMS error of the block's output")
         axes.set_ylim(bottom=0)
         axes.set_title(
             f"{names[1]} against {names[0]}: KL {self.kl:.4f} nats, top-1 {self.top1:.1%}, "
@@ -103,13 +107,15 @@ def compare(
     """Compare two causal language models of one vocabulary on `tokens` [n], cut into windows that do not overlap.
 
     Each window is seen alone; the last, incomplete one is left out. The models keep their dtypes, and the modes that
-    they are in. Distributions are compared in fp32.
+    they are in, and may be on different devices. Distributions are compared in fp32, on the CPU.
 
     Raises:
         ValueError: the text has not one whole window, a window is longer than a model's context, token ids lie outside
-            a vocabulary, or the vocabularies differ.
+            a vocabulary, the vocabularies differ, or a model is not a causal language model. That is tried on two
+            tokens, since neither `can_generate()` nor `is_decoder` tells: BertLMHeadModel has the one without being
+            causal, Llama is causal without the other.
     """
-    tokens = torch.as_tensor(tokens, dtype=torch.int64).flatten()
+    tokens = torch.as_tensor(tokens, dtype=torch.int64).to("cpu").flatten()
     for model, name in ((a, "a"), (b, "b")):
         check_vocabulary(model, tokens, f"tokens (model {name})")
         check_length(model, window, "window")
@@ -120,8 +126,11 @@ def compare(
         raise ValueError(f"tokens: {tokens.numel()} are fewer than one window of {window}")
     sums = _Sums()
     with _evaluated(a), _evaluated(b), torch.no_grad():
+        for model, name in ((a, "a"), (b, "b")):
+            _check_causal(model, tokens, name)
+        blocks = _blocks(a), _blocks(b)
         for index, row in enumerate(tokens[: count * window].view(count, 1, window)):
-            sums.add(_run(a, row), _run(b, row), row[0, 1:])
+            sums.add(_run(a, row, blocks[0]), _run(b, row, blocks[1]), row[0, 1:])
             if progress is not None:
                 progress(index + 1, count)
     return sums.result()
@@ -137,8 +146,91 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _run(model: nn.Module, row: Tensor) -> Any:
-    return model(input_ids=row.to(next(model.parameters()).device), use_cache=False, output_hidden_states=True)
+def _logits(model: nn.Module, row: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=row.to(next(model.parameters()).device), use_cache=False).logits
+    return logits
+
+
+def _check_causal(model: nn.Module, tokens: Tensor, name: str) -> None:
+    """Raise ValueError unless the model makes logits of token ids, the first position's whatever the second token is.
+
+    A mixture's rounding may depend on which tokens share an expert, so what a model that says it generates text may
+    differ by is far above an epsilon, and far below what attention to a token changes.
+    """
+    needed = (
+        f"{name} is a {type(model).__name__}; a causal language model is needed, such as a ...ForCausalLM of "
+        "transformers: logits [1, tokens, vocabulary] of token ids alone, each position's of no later token"
+    )
+    low, high = int(tokens.min()), int(tokens.max())
+    seen: list[Tensor] = []
+    for other in (low if low < high else abs(high - 1), high):
+        try:
+            logits = _logits(model, torch.tensor([[high, other]]))
+            shape = list(logits.shape)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"{needed} ({type(error).__name__}: {error})") from error
+        if shape[:-1] != [1, 2] or shape[-1] <= high:
+            raise ValueError(f"{needed}; its logits of 2 tokens are {shape}")
+        seen.append(logits[0, 0].to("cpu", torch.float32))
+    first, second = seen
+    epsilon = max(torch.finfo(t.dtype).eps for t in (logits, *model.parameters()) if t.is_floating_point())
+    generates = getattr(model, "can_generate", lambda: False)()
+    change = torch.where(first == second, 0.0, first - second).norm()  # equal where both are -inf
+    if change > (math.sqrt(epsilon) if generates else 4 * epsilon) * first[first.isfinite()].norm():
+        raise ValueError(f"{needed}; its prediction after one token changes with the token that follows")
+
+
+def _blocks(model: nn.Module) -> list[nn.Module]:
+    """The model's blocks; none if it is not one stack."""
+    try:
+        stack = model.get_submodule(find_stack(_outline(model)))
+    except CalibrationError:
+        return []
+    return list(stack.children())
+
+
+def _outline(model: nn.Module) -> nn.Module:
+    """The tree of a model's modules, with quantized layers as the nn.Linear that `find_stack` looks for."""
+    if isinstance(model, (nn.Linear, QuantLinear)):
+        return nn.Linear(1, 1, device="meta")
+    outline = nn.ModuleList() if isinstance(model, nn.ModuleList) else nn.Module()
+    for name, child in model.named_children():
+        outline.add_module(name, _outline(child))
+    return outline
+
+
+@dataclass
+class _Seen:
+    """What a model made of a window: its logits, and its blocks' outputs by their index."""
+
+    logits: Tensor
+    hidden: dict[int, Tensor]
+
+
+def _run(model: nn.Module, row: Tensor, blocks: list[nn.Module]) -> _Seen:
+    hidden: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        def hook(block: nn.Module, given: Any, output: Any) -> None:
+            first = output[0] if isinstance(output, tuple) else output
+            if isinstance(first, Tensor):
+                hidden[index] = first
+
+        return hook
+
+    hooks = [block.register_forward_hook(keep(index)) for index, block in enumerate(blocks)]
+    try:
+        return _Seen(_logits(model, row), hidden)
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _quantile(values: Tensor, share: float) -> float:
+    """As torch.quantile, also of infinite values and of any number of them."""
+    place = share * (values.numel() - 1)
+    low, high = (float(values.kthvalue(1 + at).values) for at in (math.floor(place), math.ceil(place)))
+    return low if low == high else low + (place - math.floor(place)) * (high - low)
 
 
 class _Sums:
@@ -149,8 +241,8 @@ class _Sums:
         self.tokens = 0
         self.layers: dict[int, list[float]] = {}
 
-    def add(self, a: Any, b: Any, targets: Tensor) -> None:
-        """One window: the models' outputs, and the tokens that follow all but the last of it."""
+    def add(self, a: _Seen, b: _Seen, targets: Tensor) -> None:
+        """One window: what the models made of it, and the tokens that follow all but the last of it."""
         if a.logits.shape[-1] != b.logits.shape[-1]:
             raise ValueError(f"the vocabularies differ: {a.logits.shape[-1]} and {b.logits.shape[-1]} tokens")
         for start in range(0, targets.numel(), _CHUNK):
@@ -159,16 +251,17 @@ class _Sums:
             for which, log in enumerate((p, q)):
                 self.loss[which] -= float(log.gather(1, targets[part, None]).sum(dtype=torch.float64))
             self.agree += int((p.argmax(-1) == q.argmax(-1)).sum())
-            # Rounding can take a divergence of about nothing below zero.
-            self.kl.append((p.exp() * (p - q)).sum(-1).clamp_min(0))
+            # What A rules out counts nothing, even if B does too. Rounding can take a sum of about nothing below zero.
+            share = p.exp()
+            self.kl.append(torch.where(share == 0, 0.0, share * (p - q)).sum(-1).clamp_min(0))
         self.tokens += targets.numel()
-        self._add_layers(a.hidden_states or (), b.hidden_states or ())
+        self._add_layers(a.hidden, b.hidden)
 
-    def _add_layers(self, a: tuple[Tensor, ...], b: tuple[Tensor, ...]) -> None:
-        if len(a) != len(b):
+    def _add_layers(self, a: dict[int, Tensor], b: dict[int, Tensor]) -> None:
+        if a.keys() != b.keys():
             return
-        for block, (x, y) in enumerate(zip(a[1:], b[1:], strict=True)):
-            x, y = x.to("cpu", torch.float32), y.to("cpu", torch.float32)
+        for block in sorted(a):
+            x, y = (hidden[block].to("cpu", torch.float32) for hidden in (a, b))
             if x.shape != y.shape:
                 continue
             sums = self.layers.setdefault(block, [0.0, 0.0])
@@ -182,7 +275,7 @@ class _Sums:
             perplexity_of(self.loss[0] / self.tokens),
             perplexity_of(self.loss[1] / self.tokens),
             float(kl.mean(dtype=torch.float64)),
-            float(torch.quantile(kl, 0.99)) if kl.numel() < 1 << 24 else math.nan,
+            _quantile(kl, 0.99),
             self.agree / self.tokens,
             self.tokens,
             layers,

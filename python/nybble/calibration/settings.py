@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# What `Calibration` takes of a text unless told otherwise: windows, and tokens in each.
+SAMPLES, SEQ = 16, 512
+
 
 @dataclass(frozen=True)
 class Rounding:
@@ -23,8 +26,11 @@ class Rounding:
     refits: int = 0
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.damping, (int, float)) and 0 < self.damping <= 1):
+        number = isinstance(self.damping, (int, float)) and not isinstance(self.damping, bool)
+        if not (number and 0 < self.damping <= 1):
             raise ValueError(f"damping is {self.damping!r}; it must be a number above 0, at most 1")
+        if not isinstance(self.act_order, bool):
+            raise ValueError(f"act_order is {self.act_order!r}; it must be True or False")
         for name in ("sweeps", "refits"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 0:

@@ -19,11 +19,12 @@ def command(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
-    """Perplexity of two models on a text, the divergence of their predictions, and the error after every block."""
+    """Perplexity of two models on a text, how far their predictions diverge, and the error of every block's output."""
     if not text.exists():
         raise FileNotFoundError(f"{text}: no such file or directory")
     if max_tokens is not None and max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
+    import torch
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
@@ -38,7 +39,7 @@ def command(
     first, tokenizer = load_model(a, None, device)
     second, other = load_model(b, None, device)
     tokens = to_tokens(text, tokenizer, "text")[:max_tokens]
-    if not bool((tokens == to_tokens(text, other, "text")[:max_tokens]).all()):
+    if not torch.equal(tokens, to_tokens(text, other, "text")[:max_tokens]):
         raise ValueError(f"{a} and {b} have different tokenizers: their predictions are not of the same tokens")
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
@@ -55,8 +56,8 @@ def command(
     table.add_row("same likeliest token", "", f"{found.top1:.2%}")
     if found.layers:
         worst = max(found.layers, key=lambda row: row.relative_error)
-        table.add_row("error after the last block", "", f"{found.layers[-1].relative_error:.4f}")
-        table.add_row(f"largest, after block {worst.block}", "", f"{worst.relative_error:.4f}")
+        table.add_row("error of the last block's output", "", f"{found.layers[-1].relative_error:.4f}")
+        table.add_row(f"largest, of block {worst.block}", "", f"{worst.relative_error:.4f}")
     output = Console()
     output.print(table)
     output.print(f"{found.tokens} tokens in windows of {window}")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..calibration.settings import Rounding
+from ..calibration.settings import SAMPLES, SEQ, Rounding
 
 _ROUNDING = Rounding()
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -51,6 +51,11 @@ def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
     return result
 
 
+def _with_default(text: str, default: object) -> str:
+    """Help of an option that is None unless given, so that it can be refused where it would do nothing."""
+    return rf"{text} \[default: {default}]"  # a bare bracket would be rich's markup
+
+
 def command(
     src: Annotated[Path, typer.Argument(help="A .safetensors file or a Hugging Face directory.")],
     dst: Annotated[Path, typer.Argument(help="A new or empty directory, or one with an unfinished run.")],
@@ -59,7 +64,13 @@ def command(
     ] = "nf4",
     block_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64, ... 4096.")] = 64,
     double_quant: Annotated[bool, typer.Option(help="Quantize the scales too.")] = True,
-    search: Annotated[str, typer.Option(help="How a scale is chosen: absmax, mse or square.")] = "absmax",
+    search: Annotated[
+        str,
+        typer.Option(
+            help="How a scale is chosen: absmax, mse or square. Not of calibrated weights, whose scales are found by "
+            "calibration."
+        ),
+    ] = "absmax",
     include: Annotated[
         list[str] | None, typer.Option(help="Name pattern of the only layers to quantize; repeatable.")
     ] = None,
@@ -78,7 +89,7 @@ def command(
     max_memory: Annotated[
         str | None, typer.Option(help="What the process may take beyond its libraries, such as 512MB.")
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a core]")] = None,
+    workers: Annotated[int | None, typer.Option(help=_with_default("Threads.", "one a core"))] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write the error of every weight to this JSON file, and a plot beside it.")
     ] = None,
@@ -89,21 +100,43 @@ def command(
             '.jsonl file of {"text": ...}, or a directory of them.'
         ),
     ] = None,
-    samples: Annotated[int, typer.Option(help="Windows of the text to calibrate on.")] = 16,
-    seq: Annotated[int, typer.Option(help="Tokens in such a window.")] = 512,
+    samples: Annotated[
+        int | None, typer.Option(help=_with_default("Windows of the text to calibrate on.", SAMPLES))
+    ] = None,
+    seq: Annotated[int | None, typer.Option(help=_with_default("Tokens in such a window.", SEQ))] = None,
     damping: Annotated[
-        float, typer.Option(help="Of the second moments: a share of their diagonal's mean is added to it.")
-    ] = _ROUNDING.damping,
-    sweeps: Annotated[int, typer.Option(help="Sweeps of coordinate descent over the codes.")] = _ROUNDING.sweeps,
-    refits: Annotated[int, typer.Option(help="Times to fit the scales to the codes.")] = _ROUNDING.refits,
+        float | None,
+        typer.Option(
+            help=_with_default(
+                "Of the second moments: a share of their diagonal's mean is added to it.", _ROUNDING.damping
+            )
+        ),
+    ] = None,
+    sweeps: Annotated[
+        int | None, typer.Option(help=_with_default("Sweeps of coordinate descent over the codes.", _ROUNDING.sweeps))
+    ] = None,
+    refits: Annotated[
+        int | None, typer.Option(help=_with_default("Times to fit the scales to the codes.", _ROUNDING.refits))
+    ] = None,
     act_order: Annotated[
-        bool, typer.Option(help="Round columns with large inputs first, else from left to right.")
-    ] = _ROUNDING.act_order,
+        bool | None,
+        typer.Option(
+            help=_with_default(
+                "Round columns with large inputs first, else from left to right.",
+                "act-order" if _ROUNDING.act_order else "no-act-order",
+            )
+        ),
+    ] = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in DST.")] = False,
 ) -> None:
     """Quantize the linear layers of a checkpoint, in bounded memory. Interrupted, the same command goes on."""
     limit = parse_size(max_shard_size)
     memory = None if max_memory is None else parse_size(max_memory)
+    extent = _given(samples=samples, seq=seq)
+    rounding = _given(damping=damping, sweeps=sweeps, refits=refits, act_order=act_order)
+    if calibrate is None and (extent or rounding):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in {**extent, **rounding})
+        raise ValueError(f"{names}: without --calibrate there is nothing to set; give a text with it")
     from rich.console import Console
 
     from ..checkpoint.report import check_report_path
@@ -123,10 +156,9 @@ def command(
     )
     calibration = None
     if calibrate is not None:
-        from ..calibration import Calibration, Rounding
+        from ..calibration import Calibration
 
-        rounding = Rounding(damping=damping, act_order=act_order, sweeps=sweeps, refits=refits)
-        calibration = Calibration(calibrate, samples=samples, seq=seq, rounding=rounding)
+        calibration = Calibration(calibrate, rounding=Rounding(**rounding), **extent)
     result = quantize(
         src,
         dst,
@@ -146,6 +178,10 @@ def command(
     console.print(f"written to {', '.join(map(str, written))}", markup=False, highlight=False, soft_wrap=True)
     for note in result.notes:
         console.print(f"note: {note}", markup=False, highlight=False)
+
+
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def register(app: typer.Typer) -> None:
