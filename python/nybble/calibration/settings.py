@@ -20,7 +20,7 @@ class Rounding:
         refits: times that the scales are fitted anew to the codes (least squares in H) and the codes to the scales.
     """
 
-    damping: float = 0.01
+    damping: float = 0.1
     act_order: bool = True
     sweeps: int = 3
     refits: int = 0
