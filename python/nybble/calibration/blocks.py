@@ -20,6 +20,7 @@ from ..checkpoint.files import Source, TensorInfo
 from ..checkpoint.load import Names, Reader, skeleton
 from ..checkpoint.slabs import FP8_DTYPES, ScaledReader
 from ..errors import CalibrationError
+from ..nn import QuantLinear
 from ..training.evaluate import check_length, check_vocabulary
 
 _INPUT = "hidden_states"
@@ -307,7 +308,7 @@ def find_stack(model: nn.Module) -> str:
     for path, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(path.startswith(f"{outer}.") for outer in found):
             continue
-        if any(isinstance(inner, nn.Linear) for inner in module.modules()):
+        if any(isinstance(inner, (nn.Linear, QuantLinear)) for inner in module.modules()):
             found.append(path)
     if len(found) != 1:
         what = f"{len(found)} lists of blocks ({', '.join(found)})" if found else "no list of blocks"

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
-from ..nn.linear import QuantLinear
 from ..training.evaluate import check_length, check_vocabulary, perplexity_of
 from .blocks import find_stack
 
@@ -183,20 +182,10 @@ def _check_causal(model: nn.Module, tokens: Tensor, name: str) -> None:
 def _blocks(model: nn.Module) -> list[nn.Module]:
     """The model's blocks; none if it is not one stack."""
     try:
-        stack = model.get_submodule(find_stack(_outline(model)))
+        stack = model.get_submodule(find_stack(model))
     except CalibrationError:
         return []
     return list(stack.children())
-
-
-def _outline(model: nn.Module) -> nn.Module:
-    """The tree of a model's modules, with quantized layers as the nn.Linear that `find_stack` looks for."""
-    if isinstance(model, (nn.Linear, QuantLinear)):
-        return nn.Linear(1, 1, device="meta")
-    outline = nn.ModuleList() if isinstance(model, nn.ModuleList) else nn.Module()
-    for name, child in model.named_children():
-        outline.add_module(name, _outline(child))
-    return outline
 
 
 @dataclass
