@@ -430,7 +430,7 @@ class Job:
                 result = task.run(output)
                 output.check_complete()
             if self._memory is not None:
-                _give_back()
+                give_back()
         record = {"task": task.name, "result": result, "texts": output.texts, "crc": output.checksums}
         self._progress.add(record, shard)
         advance(task.nbytes - advanced)
@@ -613,7 +613,7 @@ def _use_threads(threads: int, workers: int) -> None:
     torch.set_num_threads(max(1, threads // workers))
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Let the C library return what it keeps of freed memory: it is no one's, but it counts against the ceiling."""
     with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)
