@@ -92,11 +92,13 @@ Status check(const DequantizeRowsArgs& args) {
 Status check(const RoundArgs& args) {
   constexpr int64_t kMaxColumns = INT32_MAX;  // an order is of 32-bit numbers
   const int64_t count = args.rows > 0 && args.cols > 0 ? 1 : 0;
-  const Status found = first({in_range(args.rows, 0, kMaxColumns, "rows"), in_range(args.cols, 0, kMaxColumns, "cols"),
-                              block_size_ok(int64_t{1} << args.block_shift),
-                              in_range(args.sweeps, 0, 1000000, "sweeps"), non_null(args.target, count, "target"),
-                              non_null(args.matrix, count, "matrix"), non_null(args.absmax, count, "absmax"),
-                              non_null(args.codes, count, "codes"), in_range(args.threads, 1, 4096, "threads")});
+  const Status found =
+      first({in_range(args.rows, 0, kMaxColumns, "rows"), in_range(args.cols, 0, kMaxColumns, "cols"),
+             args.block_shift < 0 || args.block_shift > 46 ? bad_argument("block_size", args.block_shift)
+                                                           : block_size_ok(int64_t{1} << args.block_shift),
+             in_range(args.sweeps, 0, 1000000, "sweeps"), non_null(args.target, count, "target"),
+             non_null(args.matrix, count, "matrix"), non_null(args.absmax, count, "absmax"),
+             non_null(args.codes, count, "codes"), in_range(args.threads, 1, 4096, "threads")});
   if (!found.ok() || args.order == nullptr) return found;
   for (int64_t p = 0; p < args.cols; ++p) {
     if (args.order[p] < 0 || args.order[p] >= args.cols) return bad_argument("order", args.order[p]);
