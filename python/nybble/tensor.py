@@ -256,6 +256,12 @@ class QuantTensor:
             raise LayoutError(f"{name}: there is a nested_absmax, but quant_state has no nested_offset")
         weight = state["weight"]
         if weight.dtype != torch.uint8:
+            held, need = weight.numel() * weight.element_size(), -(-math.prod(header["shape"]) // 2)
+            if held != need:
+                raise LayoutError(
+                    f"{name} has dtype {weight.dtype} and shape {list(weight.shape)}, which is {held} bytes; the codes "
+                    f"of shape {header['shape']} are {need} bytes"
+                )
             weight = weight.contiguous().reshape(-1).view(torch.uint8)
         result = cls(
             weight.reshape(-1, 1),
