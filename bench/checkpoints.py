@@ -166,26 +166,32 @@ def cell(value: object) -> str:
     return f"{value:.4f}" if abs(value) < 100 else f"{value:.0f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=[*COMMANDS, "all"])
+def run(commands: dict[str, Callable[[argparse.Namespace], list[Row]]], parser: argparse.ArgumentParser) -> None:
+    """Parse, do the command that is asked for or all, show its rows; shared with fidelity.py."""
+    parser.add_argument("command", choices=[*commands, "all"])
     parser.add_argument("--work", type=Path, help="directory for files, which are kept")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--rounds", type=int, default=2, help="of each contestant of quantize, loads of load")
-    parser.add_argument("--kills", type=int, default=20, help="of each of quantize and merge")
-    parser.add_argument("--base", type=Path, help="a directory of `nybble demo`, for merge and answer")
-    parser.add_argument("--adapter", type=Path, help="the adapter; by default the base's lora/adapter")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="nybble-bench-") as temporary:
         args.work = args.work or Path(temporary)
         args.work.mkdir(parents=True, exist_ok=True)
         results = {}
-        for name in COMMANDS if args.command == "all" else [args.command]:
+        for name in commands if args.command == "all" else [args.command]:
             print(harness.machine_line())
-            results[name] = COMMANDS[name](args)
-            show(name, results[name])
+            results[name] = commands[name](args)
+            if results[name]:
+                show(name, results[name])
         if args.json:
             args.json.write_text(json.dumps({"machine": harness.machine(), **results}, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2, help="of each contestant of quantize, loads of load")
+    parser.add_argument("--kills", type=int, default=20, help="of each of quantize and merge")
+    parser.add_argument("--base", type=Path, help="a directory of `nybble demo`, for merge and answer")
+    parser.add_argument("--adapter", type=Path, help="the adapter; by default the base's lora/adapter")
+    run(COMMANDS, parser)
 
 
 if __name__ == "__main__":

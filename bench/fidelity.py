@@ -15,16 +15,13 @@ that need them are left out.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
-import harness
 import texts
 import torch
-from checkpoints import show
+from checkpoints import run
 from checkpoints_worker import Worker
 
 import nybble
@@ -53,6 +50,7 @@ CALIBRATED = {
     "FP4": QuantConfig("fp4"),
     "int4": QuantConfig("int4"),
     "int8": QuantConfig("int8", double_quant=False),
+    "learned": QuantConfig("learned"),
 }
 
 
@@ -236,23 +234,10 @@ COMMANDS = {"table": table, "peer": peer, "cost": cost, "tuned": tuned, "minilm"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=[*COMMANDS, "all"])
-    parser.add_argument("--work", type=Path, help="directory for files, which are kept")
-    parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--austen", type=Path, help="Rdata.rdb of r-cran-janeaustenr")
     parser.add_argument("--wordnet", type=Path, help="data.noun of wordnet-base")
     parser.add_argument("--steps", type=int, default=60, help="of tuned")
-    args = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="nybble-bench-") as temporary:
-        args.work = args.work or Path(temporary)
-        args.work.mkdir(parents=True, exist_ok=True)
-        results = {}
-        for name in COMMANDS if args.command == "all" else [args.command]:
-            print(harness.machine_line())
-            results[name] = COMMANDS[name](args)
-            show(name, results[name])
-        if args.json:
-            args.json.write_text(json.dumps({"machine": harness.machine(), **results}, indent=2) + "\n")
+    run(COMMANDS, parser)
 
 
 if __name__ == "__main__":

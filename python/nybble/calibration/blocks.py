@@ -238,7 +238,6 @@ class Blocks:
         known: list[Tensor] = []
         self._calls = [[] for _ in range(self.count)]
         handed: list[Tensor] = []
-        at = 0
 
         def stub(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -248,9 +247,10 @@ class Blocks:
                 if index and not torch.equal(given, handed[-1]):
                     raise CalibrationError(f"it does more between the blocks {index - 1} and {index} than to hand on")
                 if index == 0:
-                    if at == 0:
+                    sample = len(self._calls[0])
+                    if sample == 0:
                         self.hidden = torch.empty(tokens.shape[0], *given.shape[1:])
-                    self.hidden[at] = given[0]
+                    self.hidden[sample] = given[0]
                 self._calls[index].append(_shared(call, known))
                 handed.append(given.clone())
                 passed[0] = index == self.count - 1
@@ -259,7 +259,7 @@ class Blocks:
             return forward
 
         with _replaced(list(self._stack), stub):
-            for at, row in enumerate(tokens):  # noqa: B007
+            for row in tokens:
                 handed.clear()
                 passed[0] = False
                 self._run(row[None])
