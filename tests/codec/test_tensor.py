@@ -221,7 +221,10 @@ HEADER = "weight.quant_state.bitsandbytes__nf4"
         (without(HEADER), "w: found no quant_state key; exactly one"),
         (replaced("weight.quant_state.bitsandbytes__fp4", BYTES), "w: found .*exactly one"),
         (replaced("weight", BYTES[1:]), r"w has shape \[863, 1\]; it must be \[864, 1\] for shape \[24, 72\]"),
-        (replaced("weight", BYTES.to(torch.int16)), r"w has dtype torch\.\w+ and shape .*, which is 1728 bytes; .* are 864 bytes"),
+        (
+            replaced("weight", BYTES.to(torch.int16)),
+            r"w has dtype torch\.\w+ and shape .*, which is 1728 bytes; .* are 864 bytes",
+        ),
         (replaced("weight.absmax", torch.zeros(26, dtype=torch.uint8)), r"w.absmax has shape \[26\].*\[27\]"),
         (replaced("weight.absmax", torch.zeros(27)), "w.absmax has dtype torch.float32; it must be torch.uint8"),
         (replaced("weight.quant_map", torch.zeros(15)), r"w.quant_map has shape \[15\]"),
