@@ -86,9 +86,11 @@ class Comparison:
         axes.set_xlabel("block")
         axes.set_ylabel("relative RMS error of the block's output")
         axes.set_ylim(bottom=0)
+        a, b = (Path(name).name for name in names)
         axes.set_title(
-            f"{names[1]} against {names[0]}: KL {self.kl:.4f} nats, top-1 {self.top1:.1%}, "
-            f"perplexity {self.perplexity_b:.2f} against {self.perplexity_a:.2f}"
+            f"{b} against {a}\nKL {self.kl:.4f} nats, top-1 {self.top1:.1%}, "
+            f"perplexity {self.perplexity_b:.2f} against {self.perplexity_a:.2f}",
+            fontsize="medium",
         )
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png", dpi=120)
