@@ -25,7 +25,7 @@ help:
 	@echo "make check          formatting, lint, types, stubs"
 	@echo "make bench          speed beside its peers and the machine's ceilings, and the targets (about 20 minutes)"
 	@echo "make bench-checkpoints  quantizing, loading, merging, interrupting checkpoints (about 20 minutes, 20 GB of disk)"
-	@echo "make bench-fidelity  what quantizing loses and calibration saves (about 25 minutes)"
+	@echo "make bench-fidelity  what quantizing loses and calibration saves (about 40 minutes)"
 	@echo "make wheel          dist/nybble-*.whl"
 
 # One environment; each further set of packages is a stamp of its own, so that demo does not wait for test's.
