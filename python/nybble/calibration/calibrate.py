@@ -72,11 +72,12 @@ class Calibrator:
             if config is None or not name.startswith(prefix):
                 continue
             index, _, path = name[len(prefix) :].partition(".")
-            matrix = len(source.tensors[tensor].shape) == 2
-            place = self._layers if matrix and path.endswith(".weight") else self._others
-            place[int(index)].append(
-                Layer(path.removesuffix(".weight") if matrix else path, tensor, config, dtypes[tensor])
-            )
+            if len(source.tensors[tensor].shape) == 2 and path.endswith(".weight"):
+                layer = Layer(path.removesuffix(".weight"), tensor, config, dtypes[tensor])
+                self._layers[int(index)].append(layer)
+            else:
+                config = plain_rule(config) if config.is_learned else config
+                self._others[int(index)].append(Layer(path, tensor, config, dtypes[tensor]))
         self._names = {tensor: name for name, tensor in self._blocks.files.items()}
         self.order = [layer.tensor for layers in self._layers for layer in layers]
         if not self.order:
@@ -87,7 +88,7 @@ class Calibrator:
             _rounding_bytes(source.tensors[layer.tensor].shape) for layers in self._layers for layer in layers
         )
         self._next = 0
-        self._made: dict[str, Rounded | None] = {}
+        self._made: dict[str, Rounded] = {}
 
     def take(self, tensor: str, stored: Callable[[str], QuantTensor]) -> tuple[Tensor, Rounded]:
         """(the exact weight in fp32, what it was rounded to) of one tensor.
@@ -105,13 +106,7 @@ class Calibrator:
                     self._pass(self._next, stored)
                 self._quantize(index)
             weight = self._blocks.value(self._names[tensor])
-        made = self._made.pop(tensor)
-        if made is None:
-            layer = next(layer for layer in self._layers[index] if layer.tensor == tensor)
-            plain = QuantTensor.quantize(weight, plain_rule(layer.config), tensor)
-            plain.dtype = layer.dtype
-            made = Rounded(plain)
-        return weight, made
+        return weight, self._made.pop(tensor)
 
     @contextmanager
     def _block(self, index: int) -> Iterator[nn.Module]:
@@ -135,7 +130,7 @@ class Calibrator:
     def _quantize(self, index: int) -> None:
         layers = {layer.path: layer for layer in self._layers[index]}
         calls, hidden = self._blocks.calls(index), self._blocks.hidden
-        made: dict[str, Rounded | None] = dict.fromkeys((layer.tensor for layer in layers.values()), None)
+        made: dict[str, Rounded] = {}
         with self._block(index) as block:
             for group in moments.groups(block, calls, hidden, layers):
                 seen = Moments(
@@ -149,6 +144,14 @@ class Calibrator:
                     _set_weight(block, path, rounded.tensor.dequantize(torch.float32))
                 del seen
                 give_back()  # or what is freed in pieces adds up, 12 MB a block of SmolLM2
+            for layer in layers.values():
+                if layer.tensor not in made:
+                    # No sample reached it as the block was; one may now, and then meets what is written.
+                    weight = block.get_submodule(layer.path).get_parameter("weight")
+                    plain = QuantTensor.quantize(weight, plain_rule(layer.config), layer.tensor)
+                    plain.dtype = layer.dtype
+                    made[layer.tensor] = Rounded(plain)
+                    _set_weight(block, layer.path, plain.dequantize(torch.float32))
             moments.run(block, calls, hidden)
         give_back()
         self._made, self._next = made, index + 1

@@ -135,7 +135,7 @@ def plain_rule(config: QuantConfig) -> QuantConfig:
 
 
 class _Int8:
-    """Rows of int8 keep the scale that covers them: at eight bits nothing is gained by clipping."""
+    """Rows of int8 keep the scale of the plain rule, which covers them; only the codes are picked anew."""
 
     def __init__(self, weight: Tensor) -> None:
         self._weight = weight
