@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .formats import QuantConfig
     from .introspection import Explanation, active_isa, explain, isas
     from .nn import LoRAConfig, LoRALinear, LoRAReport, QuantizeReport, QuantLinear, add_lora, quantize_
+    from .nn.adapters import AdapterInfo, adapters, delete_adapter, set_adapter, use_adapter
     from .tensor import QuantTensor
     from .training import TrainConfig, TrainReport, finetune
 
@@ -43,12 +44,14 @@ _HOMES = {
     "formats": ("QuantConfig",),
     "introspection": ("Explanation", "active_isa", "explain", "isas"),
     "nn": ("LoRAConfig", "LoRALinear", "LoRAReport", "QuantLinear", "QuantizeReport", "add_lora", "quantize_"),
+    "nn.adapters": ("AdapterInfo", "adapters", "delete_adapter", "set_adapter", "use_adapter"),
     "tensor": ("QuantTensor",),
     "training": ("TrainConfig", "TrainReport", "finetune"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
+    "AdapterInfo",
     "Calibration",
     "Comparison",
     "Explanation",
@@ -64,9 +67,11 @@ __all__ = [
     "TrainConfig",
     "TrainReport",
     "active_isa",
+    "adapters",
     "add_lora",
     "combine_adapters",
     "compare",
+    "delete_adapter",
     "explain",
     "export_gguf",
     "finetune",
@@ -79,7 +84,9 @@ __all__ = [
     "quantize",
     "quantize_",
     "save_adapter",
+    "set_adapter",
     "unmerge",
+    "use_adapter",
 ]
 
 

@@ -2,10 +2,12 @@
 
     linear(x, weight, bias, side, side_weight)      y  = x W^T + side side_weight^T + bias
     lora_linear(x, weight, bias, A, B, scaling)     y  = x W^T + (scaling x A^T) B^T + bias
+    lora_linear(..., mask)                          y  = x W^T + (scaling x A^T * mask) B^T + bias
     grad_input(g, weight, side, side_weight)        dx = g W   + side side_weight
 
 LoRA (arXiv 2106.09685) is an extension of the contraction, [x, s x A^T] [W, B]^T forward and [g, s g B] [W; A]
-backward, so the kernel adds it in the same pass over the output.
+backward, so the kernel adds it in the same pass over the output. Several adapters in one batch are a wider A and B,
+with each row of x masked to the columns of its own.
 
 Eager calls take the plain body (no gradient) or one autograd.Function (gradient, torch.func.grad); tracing, dispatch
 modes and tensor subclasses go through the registered operators `torch.ops.nybble.*`, whose dispatch costs several times
@@ -67,25 +69,36 @@ def linear(
 
 
 def lora_linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """x W^T + scaling (x A^T) B^T + bias; differentiable in everything but the weight.
+    """x W^T + scaling (x A^T * mask) B^T + bias; differentiable in everything but the weight and the mask.
+
+    With the factors of several adapters beside each other and a mask that holds, for each row of the batch, its own
+    adapter's scaling in that adapter's columns and 0 elsewhere, a batch mixes adapters. A row whose mask is 0 gets what
+    it gets without the update, bit for bit, as long as the factors are finite.
 
     Args:
         x: [..., in_features], fp32, fp16 or bf16. bias: [out_features].
         lora_a: [R, in_features]. lora_b: [out_features, R]; of any of the three dtypes, used in x's.
+        mask: [x.shape[0], R], the same for all dimensions of x between the first and the last; a constant.
 
     Returns:
         [..., out_features] in x's dtype (under autocast: in autocast's).
     """
-    route = _route(x, weight, bias, lora_a, lora_b)
+    route = _route(x, weight, bias, lora_a, lora_b, mask)
     if route == _TRACED or _autocast_anywhere():
         (x,) = _autocast(x)
     if route == _PLAIN:
-        return _lora_linear(x, weight, bias, lora_a, lora_b, scaling)[0]
+        return _lora_linear(x, weight, bias, lora_a, lora_b, scaling, mask)[0]
     if route == _TRACED:
-        return torch.ops.nybble.lora_linear(x, *weight, bias, lora_a, lora_b, scaling)[0]
-    return _apply(_LoRALinear, x, weight, bias, lora_a, lora_b, scaling)[0]
+        return torch.ops.nybble.lora_linear(x, *weight, bias, lora_a, lora_b, scaling, mask)[0]
+    return _apply(_LoRALinear, x, weight, bias, lora_a, lora_b, scaling, mask)[0]
 
 
 def grad_input(
@@ -165,7 +178,7 @@ def _grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weigh
     return backends.of(g).grad_input(g, weight, side, side_weight)
 
 
-def _check_lora(x: Tensor, weight: PackedWeight, lora_a: Tensor, lora_b: Tensor) -> None:
+def _check_lora(x: Tensor, weight: PackedWeight, lora_a: Tensor, lora_b: Tensor, mask: Tensor | None) -> None:
     """Before x A^T is computed, what `check_args` says only of its result; x itself first."""
     if x.dim() == 0 or x.shape[-1] != weight.in_features or x.dtype not in _FLOATS:
         check_args(x, weight, None, None, None, False)
@@ -174,23 +187,45 @@ def _check_lora(x: Tensor, weight: PackedWeight, lora_a: Tensor, lora_b: Tensor)
     rank = lora_a.shape[0]
     _check_operand("lora_A", lora_a, x, (rank, weight.in_features))
     _check_operand("lora_B", lora_b, x, (weight.out_features, rank))
+    if mask is not None:
+        if x.dim() < 2:
+            raise LayoutError(f"x has shape {list(x.shape)}; with a mask it needs a first dimension of rows")
+        _check_operand("mask", mask, x, (x.shape[0], rank))
 
 
 def _lora_linear(
-    x: Tensor, weight: PackedWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+    x: Tensor,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y and the side path's left factor scaling x A^T [..., R], which the backward wants again."""
-    _check_lora(x, weight, lora_a, lora_b)
+    _check_lora(x, weight, lora_a, lora_b, mask)
     if torch.is_grad_enabled():
         x, lora_a = x.detach(), lora_a.detach()
-    side = _side(x, lora_a, scaling)
+    side = _side(x, lora_a, scaling, mask)
     return _linear(x, weight, bias, side, lora_b), side
 
 
-def _side(x: Tensor, lora_a: Tensor, scaling: float) -> Tensor:
-    """scaling x A^T in x's dtype; for fp16, whose range the product may leave, in fp32."""
+def _side(x: Tensor, lora_a: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """scaling x A^T * mask in x's dtype; for fp16, whose range the product may leave, in fp32."""
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    return functional.linear(_cast(x, dtype), _cast(lora_a, dtype)) * scaling
+    return scaled(functional.linear(_cast(x, dtype), _cast(lora_a, dtype)), scaling, mask)
+
+
+def scaled(product: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """product [..., R] * scaling * mask in product's dtype, rounded once."""
+    if mask is None:
+        return product * scaling
+    return _cast(product * spread(mask * scaling, product), product.dtype)
+
+
+def spread(rows: Tensor, like: Tensor) -> Tensor:
+    """Values [B, n] for every row of the batch, shaped so that they multiply `like` [B, ..., n]."""
+    return rows if like.dim() == 2 else rows.view(rows.shape[0], *(1,) * (like.dim() - 2), rows.shape[1])
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -211,16 +246,16 @@ def _lora_gradients(
     needs: tuple[bool, bool, bool, bool],
     g: Tensor,
     weight: PackedWeight,
-    saved: tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor],
+    saved: tuple[Tensor | None, Tensor, Tensor, Tensor, Tensor, Tensor | None],
     scaling: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of lora_linear with respect to x, bias, A and B, each None if it is not needed."""
     need_x, need_bias, need_a, need_b = needs
-    bias, x, side, lora_a, lora_b = saved
+    bias, x, side, lora_a, lora_b, mask = saved
     if torch.is_grad_enabled():
         # Differentiated once more: the saved product is a constant, so it is computed again from x and A.
-        side = _side(x, lora_a, scaling)
-    left = (g @ lora_b.to(g.dtype)) * scaling
+        side = _side(x, lora_a, scaling, mask)
+    left = scaled(g @ lora_b.to(g.dtype), scaling, mask)
     return (
         grad_input(g, weight, left, lora_a) if need_x else None,
         _bias_gradient(g, bias) if need_bias and bias is not None else None,
@@ -299,25 +334,31 @@ class _GradInput(torch.autograd.Function):
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        x: Tensor, weight: PackedWeight, bias: Tensor | None, lora_a: Tensor, lora_b: Tensor, scaling: float
+        x: Tensor,
+        weight: PackedWeight,
+        bias: Tensor | None,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        scaling: float,
+        mask: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        return _lora_linear(x, weight, bias, lora_a, lora_b, scaling)
+        return _lora_linear(x, weight, bias, lora_a, lora_b, scaling, mask)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, ctx.weight, bias, lora_a, lora_b, ctx.scaling = inputs
-        ctx.save_for_backward(bias, x, output[1], lora_a, lora_b)
+        x, ctx.weight, bias, lora_a, lora_b, ctx.scaling, mask = inputs
+        ctx.save_for_backward(bias, x, output[1], lora_a, lora_b, mask)
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
         if g is None:
-            return (None,) * 6
-        need_x, _, need_bias, need_a, need_b, _ = ctx.needs_input_grad
+            return (None,) * 7
+        need_x, _, need_bias, need_a, need_b, _, _ = ctx.needs_input_grad
         needs = (need_x, need_bias, need_a, need_b)
         dx, dbias, da, db = _lora_gradients(needs, g, ctx.weight, ctx.saved_tensors, ctx.scaling)
-        return dx, None, dbias, da, db, None
+        return dx, None, dbias, da, db, None, None
 
 
 def _eager(function: Any) -> Any:
@@ -357,7 +398,8 @@ _library = torch.library.Library("nybble", "DEF")
 _library.define(f"linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? side, Tensor? side_weight) -> Tensor")
 _library.define(f"grad_input(Tensor grad, {_WEIGHT}, Tensor? side, Tensor? side_weight) -> Tensor")
 _library.define(
-    f"lora_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling) -> (Tensor, Tensor)"
+    f"lora_linear(Tensor x, {_WEIGHT}, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, Tensor? mask=None) "
+    "-> (Tensor, Tensor)"
 )
 
 
@@ -376,8 +418,8 @@ def _grad_input_impl(g: Tensor, *args: Any) -> Tensor:
 
 
 def _lora_linear_impl(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, rest = _split(args)
-    return _lora_linear(x, weight, *rest)
+    weight, (bias, lora_a, lora_b, scaling, *mask) = _split(args)
+    return _lora_linear(x, weight, bias, lora_a, lora_b, scaling, *(mask or (None,)))
 
 
 def _linear_fake(x: Tensor, *args: Any) -> Tensor:
@@ -395,8 +437,8 @@ def _grad_input_fake(g: Tensor, *args: Any) -> Tensor:
 
 
 def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    weight, (bias, lora_a, lora_b, _) = _split(args)
-    _check_lora(x, weight, lora_a, lora_b)
+    weight, (bias, lora_a, lora_b, _, *mask) = _split(args)
+    _check_lora(x, weight, lora_a, lora_b, *(mask or (None,)))
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     side = x.new_empty(*x.shape[:-1], lora_a.shape[0], dtype=dtype)
     check_args(x, weight, bias, side, lora_b, False)
@@ -446,8 +488,8 @@ def _grad_input_backward(ctx: Any, gg: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _lora_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    weight, (bias, lora_a, lora_b, scaling) = _split(inputs[1:])
-    _save_weight(ctx, weight, bias, inputs[0], output[1], lora_a, lora_b)
+    weight, (bias, lora_a, lora_b, scaling, *mask) = _split(inputs[1:])
+    _save_weight(ctx, weight, bias, inputs[0], output[1], lora_a, lora_b, *(mask or (None,)))
     ctx.scaling = scaling
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -458,9 +500,9 @@ def _lora_linear_backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple
     needs = ctx.needs_input_grad
     if g is None:
         return (None,) * len(needs)
-    need_bias, need_a, need_b, _scaling = needs[1 + _WEIGHT_ARGS :]
+    need_bias, need_a, need_b, *constants = needs[1 + _WEIGHT_ARGS :]  # torch leaves out a mask that is not given
     dx, dbias, da, db = _lora_gradients((needs[0], need_bias, need_a, need_b), g, weight, saved, ctx.scaling)
-    return dx, *(None,) * _WEIGHT_ARGS, dbias, da, db, None
+    return dx, *(None,) * _WEIGHT_ARGS, dbias, da, db, *(None for _ in constants)
 
 
 for _name, _impl, _fake, _setup, _backward in (

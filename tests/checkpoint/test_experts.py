@@ -16,7 +16,7 @@ import nybble
 from nybble import QuantConfig, QuantTensor
 from nybble.errors import CheckpointError
 from nybble.nn.experts import DecodedOnUse, packed_parameters
-from nybble.nn.inject import count_parameters
+from nybble.nn import count_parameters
 
 transformers = pytest.importorskip("transformers")
 

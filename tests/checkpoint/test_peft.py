@@ -148,7 +148,7 @@ def test_we_read_pefts(base: Path, tmp_path: Path, token_ids: torch.Tensor, sett
     nybble.load_adapter(model, tmp_path / "adapter")
     assert_close(logits(model.eval(), token_ids), logits(theirs, token_ids))
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == {f"{path}.lora_{part}" for path in lora_layers(model) for part in "AB"}
+    assert trainable == {f"{path}.adapters.default.lora_{part}" for path in lora_layers(model) for part in "AB"}
     nybble.save_adapter(model, tmp_path / "again")
     again, first = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("again", "adapter"))
     assert again.keys() == {name for name in first if "lora_" in name}
@@ -242,14 +242,14 @@ def test_missing_files(quantized: Path, tmp_path: Path, adapter: Path) -> None:
 
 
 def test_an_adapter_that_is_not_the_models(quantized: Path, adapter: Path) -> None:
-    with pytest.raises(CheckpointError, match="the model's LoRA layers are not the adapter's"):
+    with pytest.raises(CheckpointError, match="the model's LoRA layers of adapter 'default' are not the file's"):
         nybble.load_adapter(adapted(quantized, target="q_proj"), adapter)
     with pytest.raises(CheckpointError, match="r=4, alpha=16"):
         nybble.load_adapter(adapted(quantized, alpha=16), adapter)
 
 
 def test_what_cannot_be_saved(quantized: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no LoRALinear layer to save"):
+    with pytest.raises(ValueError, match="no adapter to save"):
         nybble.save_adapter(nybble.load(quantized), tmp_path / "a")
     model = adapted(quantized)
     layer = model.model.layers[0].mlp.up_proj

@@ -175,7 +175,7 @@ def test_dora_starts_as_its_base_and_trains_what_dora_trains() -> None:
         reference.backward(g)
         for ours, theirs in ((layer.lora_A, a), (layer.lora_B, b), (layer.lora_magnitude, m)):
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-3)
-        layer.dropout = 0.5
+        layer.adapter().dropout = 0.5
         layer.train()
         mean = torch.stack([layer(x) for _ in range(3000)]).mean(0)
         torch.testing.assert_close(mean, reference, rtol=0.1, atol=0.25)

@@ -31,7 +31,7 @@ class Calls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         if func.namespace == "nybble":
             self.seen.append(
-                (func._schema.name, {a.name: v for a, v in zip(func._schema.arguments, args, strict=True)})
+                (func._schema.name, {a.name: v for a, v in zip(func._schema.arguments, args, strict=False)})
             )
         return func(*args, **(kwargs or {}))
 

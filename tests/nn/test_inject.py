@@ -283,7 +283,7 @@ def test_all_linear_layers_but_the_head(quantized: bool) -> None:
     assert all(isinstance(model.get_submodule(name), LoRALinear) for name in INNER)
     assert isinstance(model.lm_head, nn.Linear)
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert sorted(trainable) == sorted(f"{name}.lora_{x}" for name in INNER for x in "AB")
+    assert sorted(trainable) == sorted(f"{name}.adapters.default.lora_{x}" for name in INNER for x in "AB")
     assert report.trainable == 2 * (2 * (16 + 16) + 2 * 2 * (16 + 32))
     # Embedding, head, norm, blocks with their biases, and the adapter.
     dense = 2 * 11 * 16 + 2 * 16 + 2 * (16 * 16 + 2 * 16 * 32 + 16 + 32)
@@ -331,13 +331,15 @@ def test_bad_targets_are_errors_and_change_nothing() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_model_with_lora_is_refused() -> None:
+def test_a_name_that_is_taken_is_refused() -> None:
     model = Model()
     add_lora(model, target="q_proj")
-    with pytest.raises(ValueError, match=r"LoRA layers already \(blocks\.0\.q_proj and 1 more\)"):
+    with pytest.raises(ValueError, match=r"adapter 'default' already \(blocks\.0\.q_proj and 1 more\)"):
         add_lora(model, target="up_proj")
-    with pytest.raises(ValueError, match=r"LoRA layers already \(the model itself"):
+    with pytest.raises(ValueError, match=r"adapter 'default' already \(the model itself"):
         add_lora(LoRALinear.from_base(nn.Linear(4, 4), 2, 4.0))
+    with pytest.raises(ValueError, match=r"adapter name is 'a\.b'"):
+        add_lora(model, target="up_proj", name="a.b")
 
 
 def test_a_tied_weight_is_noted() -> None:

@@ -66,7 +66,10 @@ def test_only_a_and_b_train(kind: str) -> None:
     base = BASES[kind]()
     layer = LoRALinear.from_base(base, R, ALPHA)
     assert layer.base is base
-    assert [name for name, p in layer.named_parameters() if p.requires_grad] == ["lora_A", "lora_B"]
+    assert [name for name, p in layer.named_parameters() if p.requires_grad] == [
+        "adapters.default.lora_A",
+        "adapters.default.lora_B",
+    ]
     assert (layer.lora_A.shape, layer.lora_B.shape) == ((R, 70), (10, R))
     assert (layer.in_features, layer.out_features) == (70, 10)
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.float32
@@ -98,6 +101,9 @@ def test_initialisation_of_a() -> None:
     gaussian = LoRALinear.from_base(wide, 8, ALPHA, init="gaussian").lora_A
     # The sample's standard deviation has one of sigma / sqrt(2 n).
     assert abs(gaussian.std().item() - 1 / 8) <= 5 / 8 / math.sqrt(2 * gaussian.numel())
+    orthogonal = LoRALinear.from_base(wide, 8, ALPHA, init="orthogonal", dtype=torch.bfloat16).lora_A.float()
+    # Rows of unit length, rounded to bf16: each of the products' terms is off by 2^-8 of itself.
+    torch.testing.assert_close(orthogonal @ orthogonal.T, torch.eye(8), rtol=0, atol=2.0**-7)
     layer = trained(LoRALinear.from_base(wide, 8, ALPHA))
     layer.reset_parameters()
     assert not bool(layer.lora_B.any())
@@ -117,7 +123,7 @@ def test_initialisation_of_a() -> None:
         ({"dropout": 1.0}, ValueError, r"dropout is 1\.0; it must be in \[0, 1\)"),
         ({"dropout": -0.1}, ValueError, r"dropout is -0\.1"),
         ({"dropout": float("nan")}, ValueError, "dropout is nan"),
-        ({"init": "zeros"}, ValueError, "init is 'zeros'; allowed are kaiming, gaussian"),
+        ({"init": "zeros"}, ValueError, "init is 'zeros'; allowed are kaiming, gaussian, orthogonal"),
         ({"dtype": torch.int8}, TypeError, r"dtype is torch\.int8"),
     ],
 )
@@ -227,7 +233,7 @@ def test_dropout_is_that_of_plain_torch_with_the_same_seed(isa: str, kind: str) 
 def test_dropout_is_off_in_eval(kind: str) -> None:
     layer = trained(LoRALinear.from_base(BASES[kind](), R, ALPHA, dropout=0.4)).eval()
     without = copy.deepcopy(layer)
-    without.dropout = 0.0
+    without.adapter().dropout = 0.0
     x = torch.randn(12, 70)
     assert torch.equal(layer(x), without(x))
 
@@ -263,7 +269,7 @@ def test_dropout_under_autocast(kind: str) -> None:
 
 def test_state_dict_round_trip(kind: str) -> None:
     layer = trained(LoRALinear.from_base(BASES[kind](), R, ALPHA))
-    assert {"lora_A", "lora_B", "base.weight", "base.bias"} <= set(layer.state_dict())
+    assert {"adapters.default.lora_A", "adapters.default.lora_B", "base.weight", "base.bias"} <= set(layer.state_dict())
     other = LoRALinear.from_base(BASES[kind](seed=5), R, ALPHA)
     other.load_state_dict(layer.state_dict())
     x = torch.randn(12, 70)

@@ -238,7 +238,7 @@ def pattern_value(settings: dict[str, Any], patterns: str, path: str, default: s
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """adapter_config.json of a LoRA or prompt-learning adapter, checked, defaults filled in.
+    """adapter_config.json of an adapter; of LoRA checked, defaults filled in, of the other kinds as it is.
 
     Raises:
         CheckpointNotFoundError, CheckpointError: see `read_adapter`.
@@ -250,11 +250,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
             other = old if (directory / "adapter_model.bin").is_file() else ""
             raise CheckpointNotFoundError(f"{needed}: no such file{other}")
     raw = read_json(path)
-    if raw.get("peft_type") in PROMPT_TYPES:
+    others = (*PROMPT_TYPES, BOTTLENECK_TYPE)
+    if raw.get("peft_type") in others:
         return raw
     if raw.get("peft_type") != "LORA":
         raise CheckpointError(
-            f"{path}: peft_type is {raw.get('peft_type')!r}; 'LORA', {', '.join(map(repr, PROMPT_TYPES))} can be loaded"
+            f"{path}: peft_type is {raw.get('peft_type')!r}; 'LORA', {', '.join(map(repr, others))} can be loaded"
         )
     for key, neutral in _UNSUPPORTED.items():
         if key in raw and raw[key] not in neutral:
@@ -276,6 +277,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 #: Adapters that are virtual tokens or virtual keys and values.
 PROMPT_TYPES = ("PREFIX_TUNING", "PROMPT_TUNING")
+#: Bottleneck adapters, which PEFT does not have: nybble's own type in the same two files.
+BOTTLENECK_TYPE = "BOTTLENECK"
 
 
 def _check_values(path: Path, settings: dict[str, Any]) -> None:

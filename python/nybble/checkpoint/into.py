@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..nn import LoRAEmbedding, LoRALinear, QuantLinear
+from ..nn import QuantLinear
+from ..nn.adapters import Adapted
 from ..nn.experts import keep_packed, packed_parameters
-from ..nn.inject import set_module
+from ..nn.names import base_modules, set_module
 from ..tensor import QuantTensor
 from .bnb import group, prefix_of
 from .files import Source, open_source
@@ -32,7 +33,7 @@ def load_into(module: nn.Module, directory: str | os.PathLike[str], *, strict: b
 
     A linear layer whose weight is quantized in the file becomes a `QuantLinear`; a `QuantLinear`, also inside a
     `LoRALinear`, takes the packed tensors; any other module's parameter that is packed in the file (the experts of a
-    mixture) stays packed and is decoded whenever the module reads it. Low-rank updates are left as they are. The module
+    mixture) stays packed and is decoded whenever the module reads it. Adapters are left as they are. The module
     may be on the meta device. Weights that are tied in the module stay tied, whether the file has them once or, equal,
     under each name.
 
@@ -75,7 +76,10 @@ class _Plan:
     def __post_init__(self) -> None:
         source: Source = self.reader.source
         self._groups = group(source.tensors, str(source.root))
-        self._modules = dict(self.module.named_modules(remove_duplicate=False))
+        # By name, adapters passed over: of an Adapted and its base, the base, which comes later.
+        found = [(name, path, module) for name, path, module in base_modules(self.module)]
+        self._modules = {name: module for name, _, module in found}
+        self._paths = {name: path for name, path, _ in found}
         self._targets = _targets(self.module)
 
     def quantized(self) -> None:
@@ -83,8 +87,7 @@ class _Plan:
         new: dict[int, QuantLinear] = {}
         for path, members in self._groups.quantized.items():
             where = self.reader.where(members["weight"])
-            owner = self._modules.get(path)
-            layer = owner.base if isinstance(owner, LoRALinear) else owner
+            layer = self._modules.get(path)
             if not isinstance(layer, (nn.Linear, QuantLinear)):
                 what = "nothing" if layer is None else f"a {type(layer).__name__}, not a linear layer,"
                 raise CheckpointError(f"{where} is quantized, but the module has {what} at {path!r}")
@@ -96,14 +99,13 @@ class _Plan:
                 raise CheckpointError(f"{where} has shape {list(tensor.shape)}, the module wants {want}")
             self.taken.update(members.values())
             self.given.add(f"{prefix_of(path)}weight")
-            new[id(layer.weight)] = self._place(path, owner, layer, tensor)
-        for path, owner in self._modules.items():  # layers that share a weight which the file has under one name
-            layer = owner.base if isinstance(owner, LoRALinear) else owner
+            new[id(layer.weight)] = self._place(path, layer, tensor)
+        for path, layer in self._modules.items():  # layers that share a weight which the file has under one name
             if not isinstance(layer, (nn.Linear, QuantLinear)) or f"{prefix_of(path)}weight" in self.given:
                 continue
             first = new.get(id(layer.weight)) if layer.weight is not None else None
             if first is not None and f"{prefix_of(path)}weight" not in self._groups.plain:
-                self._share(path, owner, layer, first)
+                self._share(path, layer, first)
 
     def packed(self) -> None:
         """Plan the packed parameters of modules that are no linear layers."""
@@ -124,7 +126,7 @@ class _Plan:
             self.given.add(name)
             self.steps.append(partial(keep_packed, owner, leaf, tensor, dtype))
 
-    def _share(self, path: str, owner: Any, layer: nn.Linear | QuantLinear, first: QuantLinear) -> None:
+    def _share(self, path: str, layer: nn.Linear | QuantLinear, first: QuantLinear) -> None:
         self.given.add(f"{prefix_of(path)}weight")
         if isinstance(layer, QuantLinear):
             self.steps.append(lambda: layer.share_weight(first))
@@ -133,16 +135,16 @@ class _Plan:
         shared.bias = layer.bias
         if layer.bias is not None:
             self._targets[f"{prefix_of(path)}bias"] = [(shared, "bias")]
-        self.steps += [lambda: shared.share_weight(first), lambda: _put(self.module, path, owner, shared)]
+        self.steps += [lambda: shared.share_weight(first), lambda: set_module(self.module, self._paths[path], shared)]
 
-    def _place(self, path: str, owner: Any, layer: nn.Linear | QuantLinear, tensor: QuantTensor) -> QuantLinear:
+    def _place(self, path: str, layer: nn.Linear | QuantLinear, tensor: QuantTensor) -> QuantLinear:
         if isinstance(layer, QuantLinear):
             self.steps.append(lambda: layer.load_quant_tensor(tensor))
             return layer
-        if not path:
+        if not self._paths[path]:
             raise CheckpointError("module: a bare nn.Linear cannot be replaced in place; give a QuantLinear")
         new = QuantLinear.from_quant_tensor(tensor, bias=layer.bias).train(layer.training)
-        self.steps.append(lambda: _put(self.module, path, owner, new))
+        self.steps.append(lambda: set_module(self.module, self._paths[path], new))
         if layer.bias is not None:  # goes to the layer that is there by then
             self._targets[f"{prefix_of(path)}bias"] = [(new, "bias")]
         return new
@@ -200,12 +202,14 @@ class _Plan:
 
 
 def _targets(module: nn.Module) -> dict[str, list[tuple[nn.Module, str]]]:
-    """Name in the file -> where the module has it: parameters and persistent buffers, without low-rank updates."""
+    """Name in the file -> where the module has it: parameters and persistent buffers, without adapters."""
     result: dict[str, list[tuple[nn.Module, str]]] = {}
 
     def walk(owner: nn.Module, prefix: str) -> None:
-        if isinstance(owner, (LoRALinear, LoRAEmbedding)):
-            walk(owner.base, prefix)
+        if isinstance(owner, Adapted):
+            base = owner.unwrapped()
+            if base is not None:
+                walk(base, prefix)
             return
         if isinstance(owner, QuantLinear):
             result[f"{prefix}weight"] = [(owner, "weight")]
@@ -237,14 +241,6 @@ def _own(owner: nn.Module, leaf: str) -> Any:
 
 def _assign(owner: nn.Module, leaf: str, value: Any) -> None:
     (owner._parameters if isinstance(value, nn.Parameter) else owner._buffers)[leaf] = value
-
-
-def _put(module: nn.Module, path: str, owner: Any, new: QuantLinear) -> None:
-    """Put a QuantLinear where an nn.Linear is, or inside its LoRALinear."""
-    if isinstance(owner, LoRALinear):
-        owner.base = new
-    else:
-        set_module(module, path, new)
 
 
 def _float_dtype(layer: nn.Linear | QuantLinear) -> torch.dtype:

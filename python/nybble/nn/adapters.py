@@ -7,15 +7,17 @@ of a model share. `set_adapter` changes it, so that a swap costs nothing and a b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 DEFAULT = "default"
+_REMEMBERED = 8  # what acted in a module's last forwards
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 
 Which = str | None | Sequence[str | None]
@@ -33,6 +35,11 @@ class Selection:
     def __init__(self, active: str | None = None, rows: tuple[str | None, ...] | None = None) -> None:
         self.active = active
         self.rows = rows
+        self._kept: dict[Any, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copies: everything but what is derived."""
+        return {"active": self.active, "rows": self.rows, "_kept": {}}
 
     @property
     def names(self) -> list[str]:
@@ -49,6 +56,26 @@ class Selection:
         """int64: the rows that adapter `name` acts on. Only with `rows`."""
         assert self.rows is not None
         return torch.tensor([i for i, row in enumerate(self.rows) if row == name], dtype=torch.int64, device=device)
+
+    def groups(self, present: nn.ModuleDict) -> dict[str | None, list[int]]:
+        """Row numbers of each of the adapters in `present`, in the order of their first row; None: rows of no other.
+        Only with `rows`."""
+        assert self.rows is not None
+        result: dict[str | None, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            result.setdefault(row if row is not None and row in present else None, []).append(i)
+        return result
+
+    def constant(self, key: Any, make: Callable[[], Tensor]) -> Tensor:
+        """make(), a tensor that depends on `rows` and `key` alone: made once for all layers that ask for it."""
+        if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+            return make()
+        if self._kept.get(None) is not self.rows:
+            self._kept = {None: self.rows}
+        if key not in self._kept:
+            with torch.inference_mode(False):  # else it could not be used in training afterwards
+                self._kept[key] = make()
+        return self._kept[key]
 
     def check_rows(self, x: Tensor, where: str) -> None:
         """Raises ValueError unless x's first dimension is the batch that `rows` describes."""
@@ -74,7 +101,7 @@ class Adapted(nn.Module):
         super().__init__()
         self.adapters = nn.ModuleDict()
         self.selection = Selection()
-        self._acted: Which = None
+        self._ran: dict[Any, int] = {}  # see `watch_recomputation`
 
     def put(self, name: str, adapter: nn.Module) -> None:
         """Adds an adapter.
@@ -96,22 +123,60 @@ class Adapted(nn.Module):
         """What stands in this module's place once it has no adapter; None: nothing."""
         raise NotImplementedError
 
+    def removed(self) -> None:
+        """Called once when this module leaves its model: what it has changed elsewhere in the model is put back."""
+
     def watch_recomputation(self) -> None:
         """To be called by every forward: activation checkpointing must not recompute with other adapters.
+
+        Forwards are counted by what acted; a recomputation takes one of its own back, and is wrong if there is none
+        but some of others.
 
         Raises:
             RuntimeError: this forward recomputes one that ran while other adapters acted.
         """
-        which = self.selection.which
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
+        if not (self.training or torch.is_grad_enabled()) or torch.compiler.is_compiling():
+            return  # not `training`: with reentrant checkpointing the first forward is without gradient
+        which, ran = self.selection.which, self._ran
         if torch._C._current_graph_task_id() == -1:
-            self._acted = which
-        elif self._acted != which:
+            ran[which] = ran.pop(which, 0) + 1
+            if len(ran) > _REMEMBERED:
+                del ran[next(iter(ran))]
+            return
+        left = ran.get(which, 0)
+        if left:
+            ran[which] = left - 1
+        elif any(ran.values()):
+            others = " and ".join(repr(other) for other, count in ran.items() if count)
             raise RuntimeError(
-                f"adapters were changed between forward ({self._acted!r}) and backward ({which!r}), which recomputes "
-                "the forward under activation checkpointing; run backward before set_adapter"
+                f"adapters were changed between forward ({others}) and backward ({which!r}), which recomputes the "
+                "forward under activation checkpointing; run backward before set_adapter"
             )
+
+
+def by_rows(
+    x: Tensor, groups: Mapping[str | None, list[int]], run: Callable[[str | None, Tensor], Tensor], selection: Selection
+) -> Tensor:
+    """What run(name, rows of x) gives for every group, each row in its place: `Selection.groups`, one after another."""
+    names = list(groups)
+    if len(names) == 1:
+        return run(names[0], x)
+    order = [i for name in names for i in groups[name]]
+    sorted_already = all(i == j for i, j in enumerate(order))
+
+    def numbers(values: list[int]) -> Tensor:
+        made = partial(torch.tensor, values, dtype=torch.int64, device=x.device)
+        return selection.constant((*values, x.device), made)
+
+    moved = x if sorted_already else x.index_select(0, numbers(order))
+    parts, start = [], 0
+    for name in names:
+        parts.append(run(name, moved.narrow(0, start, len(groups[name]))))
+        start += len(groups[name])
+    y = torch.cat(parts)
+    if sorted_already:
+        return y
+    return y.index_select(0, numbers(sorted(range(len(order)), key=order.__getitem__)))
 
 
 def check_name(name: str) -> None:
@@ -143,6 +208,14 @@ def share_selection(model: nn.Module) -> Selection:
     for module in modules:
         module.selection = selection
     return selection
+
+
+def freeze_base(model: nn.Module) -> None:
+    """No parameter trains any more but those of adapters."""
+    held = {id(p) for module in adapted_modules(model).values() for p in module.adapters.parameters()}
+    for parameter in model.parameters():
+        if id(parameter) not in held:
+            parameter.requires_grad_(False)
 
 
 def require_names(model: nn.Module, names: Sequence[str | None]) -> None:
@@ -200,6 +273,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             del module.adapters[name]
             if not module.adapters:
                 emptied[id(module)] = module.unwrapped()
+                module.removed()
     for path, module in list(model.named_modules(remove_duplicate=False)):
         if path and id(module) in emptied:
             parent, _, child = path.rpartition(".")

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from ..errors import NonFiniteError, PatternError
 from ..tensor import QuantTensor
+from .factors import LoRA
 from .linear import QuantLinear
 from .lora import LoRALinear
+from .names import adapted_layers
 
 METHODS = ("loftq", "pissa")
 
@@ -39,6 +41,7 @@ def init_from_residual(
     original: str | os.PathLike[str] | Mapping[str, Tensor],
     method: str = "loftq",
     iterations: int = 1,
+    name: str | None = None,
 ) -> dict[str, ResidualRow]:
     """Set every LoRALinear over a QuantLinear to start near the original weight W instead of at its quantized one.
 
@@ -52,6 +55,8 @@ def init_from_residual(
         model: with `LoRALinear` layers, as `add_lora` makes them; changed in place.
         original: the checkpoint directory that the base was quantized from, or {"path.weight": tensor [out, in]}.
         method: "loftq" or "pissa". iterations: of "loftq", 1 or more; 5 is the paper's.
+        name: of the adapter; by default the one that acts, or the only one. Where the base changes there must be no
+            other.
 
     Returns:
         Layer path -> relative error before and after.
@@ -66,22 +71,28 @@ def init_from_residual(
     if isinstance(iterations, bool) or not isinstance(iterations, int) or iterations < 1:
         raise ValueError(f"iterations is {iterations!r}; it must be 1 or more")
     layers = {
-        path: layer
-        for path, layer in model.named_modules()
-        if isinstance(layer, LoRALinear) and isinstance(layer.base, QuantLinear)
+        path: (layer, layer.adapter(name))
+        for path, layer in adapted_layers(model, (LoRALinear,)).items()
+        if isinstance(layer.base, QuantLinear) and (name is None or name in layer.adapters)
     }
     if not layers:
         raise ValueError("model has no LoRALinear over a QuantLinear; see nybble.quantize_ and nybble.add_lora")
     weights = original if isinstance(original, Mapping) else _Checkpoint(original)
-    for path, layer in layers.items():
-        name = f"{path}.weight"
-        if name not in weights:
-            raise PatternError(f"original: there is no weight {name!r}")
-        if layer.dora:
+    changes = method == "pissa" or iterations > 1
+    for path, (layer, adapter) in layers.items():
+        if f"{path}.weight" not in weights:
+            raise PatternError(f"original: there is no weight {path + '.weight'!r}")
+        if adapter.dora:
             raise ValueError(f"{path}: DoRA layers start at their base's norms; residual starts are for plain LoRA")
-    for path, layer in layers.items():
+        if changes and len(layer.adapters) > 1:
+            others = ", ".join(repr(other) for other, module in layer.adapters.items() if module is not adapter)
+            raise ValueError(f"{path}: {method} would change the base, which adapter {others} is for too")
+    for path, (layer, _) in layers.items():
         _check(path, layer, weights)
-    return {path: _init(path, layer, weights[f"{path}.weight"], method, iterations) for path, layer in layers.items()}
+    return {
+        path: _init(path, layer, adapter, weights[f"{path}.weight"], method, iterations)
+        for path, (layer, adapter) in layers.items()
+    }
 
 
 def _check(path: str, layer: LoRALinear, weights: Mapping[str, Tensor]) -> None:
@@ -99,7 +110,7 @@ def _check(path: str, layer: LoRALinear, weights: Mapping[str, Tensor]) -> None:
         raise NonFiniteError(f"original: {where}", index, count, detail)
 
 
-def _init(path: str, layer: LoRALinear, weight: Tensor, method: str, iterations: int) -> ResidualRow:
+def _init(path: str, layer: LoRALinear, adapter: LoRA, weight: Tensor, method: str, iterations: int) -> ResidualRow:
     base = layer.base
     assert isinstance(base, QuantLinear)
     exact = weight.float().to(base.weight.device)
@@ -110,19 +121,19 @@ def _init(path: str, layer: LoRALinear, weight: Tensor, method: str, iterations:
 
     before = error(0.0)
     if method == "pissa":
-        _set_factors(layer, exact)
-        _requantize(base, exact - layer.delta_weight(), path)
+        _set_factors(adapter, exact)
+        _requantize(base, exact - adapter.delta_weight(), path)
     else:
-        _set_factors(layer, exact - base.dequantize(torch.float32))
+        _set_factors(adapter, exact - base.dequantize(torch.float32))
         for _ in range(iterations - 1):
-            _requantize(base, exact - layer.delta_weight(), path)
-            _set_factors(layer, exact - base.dequantize(torch.float32))
-    return ResidualRow(before, error(layer.delta_weight()))
+            _requantize(base, exact - adapter.delta_weight(), path)
+            _set_factors(adapter, exact - base.dequantize(torch.float32))
+    return ResidualRow(before, error(adapter.delta_weight()))
 
 
-def _set_factors(layer: LoRALinear, target: Tensor) -> None:
-    """scaling * B A = the best approximation of `target` of the layer's rank; both factors get the same share of it."""
-    rank = min(layer.r, *target.shape)
+def _set_factors(adapter: LoRA, target: Tensor) -> None:
+    """scaling * B A = the best approximation of `target` of that rank; both factors get the same share of it."""
+    rank = min(adapter.r, *target.shape)
     if min(target.shape) <= _EXACT:
         u, s, vt = torch.linalg.svd(target, full_matrices=False)
     else:
@@ -130,11 +141,11 @@ def _set_factors(layer: LoRALinear, target: Tensor) -> None:
             torch.manual_seed(0)
             u, s, v = torch.svd_lowrank(target, q=min(rank + 16, *target.shape), niter=4)
         vt = v.T
-    root = (s[:rank] / layer.scaling).sqrt()
-    layer.lora_A.zero_()
-    layer.lora_B.zero_()
-    layer.lora_A[:rank] = root[:, None] * vt[:rank]
-    layer.lora_B[:, :rank] = u[:, :rank] * root
+    root = (s[:rank] / adapter.scaling).sqrt()
+    adapter.lora_A.zero_()
+    adapter.lora_B.zero_()
+    adapter.lora_A[:rank] = root[:, None] * vt[:rank]
+    adapter.lora_B[:, :rank] = u[:, :rank] * root
 
 
 def _requantize(base: QuantLinear, weight: Tensor, path: str) -> None:
