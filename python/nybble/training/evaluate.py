@@ -1,4 +1,4 @@
-"""Perplexity over fixed windows of a text."""
+"""Mean loss over rows, perplexity over fixed windows of a text."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from .data.rows import IGNORE, Rows
 from .loss import CausalLoss
+from .masks import evaluating
 
 
 def perplexity_of(loss: float) -> float:
@@ -48,29 +50,34 @@ def perplexity(
 
 def mean_loss(
     model: nn.Module,
-    rows: Tensor,
+    rows: Rows | Tensor,
     *,
     batch_size: int = 1,
     chunk: int = 256,
     progress: Callable[[int, int], None] | None = None,
 ) -> float:
-    """Mean -log p (nats) over the tokens of rows [n, T] but the first of each, in eval mode and without gradients."""
-    check_vocabulary(model, rows, "tokens")
+    """Mean -log p (nats) over the targets of `rows` that count, in eval mode and without gradients.
+
+    rows: `Rows`, or int64 [n, T], plain windows of which every token but the first is predicted.
+
+    Raises ValueError when there is no row, or a token that the model does not have.
+    """
+    if isinstance(rows, Tensor):
+        rows = Rows.windows(rows)
+    if not len(rows):
+        raise ValueError("rows is empty; at least one row is needed")
+    check_vocabulary(model, rows.ids, "tokens")
+    check_vocabulary(model, rows.targets[rows.targets != IGNORE], "targets")
     device = next(model.parameters()).device
     loss = CausalLoss(model, chunk)
     total = 0.0
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            for start in range(0, rows.shape[0], batch_size):
-                batch = rows[start : start + batch_size].to(device)
-                total += float(loss(batch[:, :-1], batch[:, 1:]))
-                if progress is not None:
-                    progress(min(start + batch_size, rows.shape[0]), rows.shape[0])
-    finally:
-        model.train(training)
-    return total / (rows.shape[0] * (rows.shape[1] - 1))
+    with evaluating(model), torch.no_grad():
+        for start in range(0, len(rows), batch_size):
+            stop = min(start + batch_size, len(rows))
+            total += float(loss(rows.take(range(start, stop)).to(device)))
+            if progress is not None:
+                progress(stop, len(rows))
+    return total / int(rows.counted.sum())
 
 
 def check_length(model: nn.Module, length: int, name: str) -> None:
