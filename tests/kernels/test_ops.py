@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 from typing import Any
 
@@ -73,6 +74,23 @@ def test_opcheck_lora_linear(weight: PackedWeight) -> None:
     torch.library.opcheck(torch.ops.nybble.lora_linear, (x, *weight, None, a, b, SCALING))
 
 
+def row_masks(*shape: int) -> Tensor:
+    """Scalings by row and column, some of them 0; of the first row all."""
+    mask = torch.rand(*shape, generator=torch.Generator().manual_seed(3)) * 2
+    mask[mask < 0.7] = 0.0
+    mask[0] = 0.0
+    return mask
+
+
+@pytest.mark.parametrize("shape", [(M, K), (M, 5, K), (2, 3, 4, K)], ids=str)
+def test_opcheck_lora_linear_with_a_mask(weight: PackedWeight, shape: tuple[int, ...]) -> None:
+    t = inputs()
+    x, a, b = differentiable(torch.randn(shape), t["a"], t["b"])
+    mask = row_masks(shape[0], R)
+    torch.library.opcheck(torch.ops.nybble.lora_linear, (x, *weight, t["bias"], a, b, SCALING, mask))
+    torch.library.opcheck(torch.ops.nybble.lora_linear, (x.detach().bfloat16(), *weight, None, a, b, 1.0, mask))
+
+
 # ---- three paths, one body -------------------------------------------------------------------------------------------
 
 
@@ -83,10 +101,15 @@ def test_body_autograd_function_and_registered_operator_agree(
 ) -> None:
     t = inputs(dtype, rows)
     lora = (t["bias"], t["a"].float(), t["b"].float(), SCALING)
-    for name, rest in (("linear", (t["bias"], t["side"], t["side_weight"])), ("lora_linear", lora)):
-        eager = getattr(ops, name)
+    masked = functools.partial(ops.lora_linear, mask=row_masks(rows, R))
+    for name, rest, eager in (
+        ("linear", (t["bias"], t["side"], t["side_weight"]), ops.linear),
+        ("lora_linear", lora, ops.lora_linear),
+        ("lora_linear", lora, masked),
+    ):
+        options = eager.keywords if eager is masked else {}
         body = eager(t["x"], weight, *rest)
-        registered = getattr(torch.ops.nybble, name)(t["x"], *weight, *rest)
+        registered = getattr(torch.ops.nybble, name)(t["x"], *weight, *rest, **options)
         assert torch.equal(body, registered if name == "linear" else registered[0])
 
         def gradients(call: Any, rest: Any = rest) -> list[Tensor]:
@@ -95,8 +118,8 @@ def test_body_autograd_function_and_registered_operator_agree(
             assert torch.equal(result, body)  # noqa: B023  (called at once)
             return list(torch.autograd.grad(result, leaves, t["g"]))
 
-        def operator(x: Tensor, *rest: Any, name: str = name) -> Tensor:
-            result = getattr(torch.ops.nybble, name)(x, *weight, *rest)
+        def operator(x: Tensor, *rest: Any, name: str = name, options: Any = options) -> Tensor:
+            result = getattr(torch.ops.nybble, name)(x, *weight, *rest, **options)
             return result if name == "linear" else result[0]
 
         one = gradients(lambda x, *rest, eager=eager: eager(x, weight, *rest))
@@ -182,6 +205,34 @@ def test_gradients_of_lora_linear(isa: str, config: str, factors: torch.dtype, d
     for leaf, one, other, size in zip(leaves, actual, exact, sizes, strict=True):
         assert one.dtype == leaf.dtype
         assert_close(one, other, size, terms=N + K + R + 12, dtype=coarse, roundings=5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("config", list(WEIGHTS))
+@pytest.mark.parametrize("shape", [(12,), (12, 2), (2, 3, 5)], ids=str)
+def test_a_mask_multiplies_the_side_path(isa: str, config: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    weight = quantized(N, K, WEIGHTS[config])
+    w = decoded(weight).double()
+    t = inputs(torch.float32)
+    x, g, mask = torch.randn(*shape, K).to(dtype), torch.randn(*shape, N).to(dtype), row_masks(shape[0], R)
+    leaves = differentiable(x, t["bias"].to(dtype), t["a"], t["b"])
+    y = ops.lora_linear(leaves[0], weight.packed_weight(), *leaves[1:], SCALING, mask)
+    actual = [y, *torch.autograd.grad(y, leaves, g)]
+
+    def reference(values: list[Tensor], by: Tensor, g: Tensor) -> list[Tensor]:
+        x, bias, a, b = differentiable(*values)
+        scale = SCALING * mask.double().reshape(shape[0], *(1,) * (len(shape) - 1), R)
+        out = x @ by.t() + (x @ a.t() * scale) @ b.t() + bias
+        return [out, *torch.autograd.grad(out, (x, bias, a, b), g)]
+
+    double = [leaf.detach().double() for leaf in leaves]
+    exact = reference(double, w, g.double())
+    sizes = reference([v.abs() for v in double], w.abs(), g.double().abs())
+    for one, other, size in zip(actual, exact, sizes, strict=True):
+        assert_close(one, other, size, terms=N + K + R + 12, dtype=dtype, roundings=6)
+    base = ops.linear(x, weight.packed_weight(), leaves[1].detach())
+    assert torch.equal(y[0], base[0])  # a row whose mask is 0, bit for bit
+    assert not torch.equal(y[1], base[1])
 
 
 @pytest.mark.parametrize("registered", [False, True], ids=["function", "operator"])
@@ -471,6 +522,14 @@ def test_lora_factors_are_named() -> None:
             call(torch.randn(M, K + 1), weight, None, a, b, SCALING)
         with pytest.raises(LayoutError, match="lora_A is on meta"):
             call(x, weight, None, a.to("meta"), b, SCALING)
+        with pytest.raises(LayoutError, match=r"mask has shape \[4, 4\]; it must be \[4, 3\]"):
+            call(x, weight, None, a, b, SCALING, torch.ones(M, R + 1))
+        with pytest.raises(LayoutError, match=r"mask has shape \[8, 3\]; it must be \[4, 3\]"):
+            call(x.reshape(4, 1, K).expand(4, 2, K), weight, None, a, b, SCALING, torch.ones(8, R))
+        with pytest.raises(UnsupportedDtypeError, match=r"mask has dtype torch\.bool"):
+            call(x, weight, None, a, b, SCALING, torch.ones(M, R, dtype=torch.bool))
+        with pytest.raises(LayoutError, match=r"x has shape \[10\]; with a mask it needs a first dimension of rows"):
+            call(x[0], weight, None, a, b, SCALING, torch.ones(M, R))
 
 
 def test_meta_tensors_give_meta_results_of_the_right_shape() -> None:
