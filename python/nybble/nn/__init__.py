@@ -1,7 +1,8 @@
 """Layers, and how to put them into a model."""
 
 from .adapters import AdapterInfo, delete_adapter, set_adapter, use_adapter
-from .add import LoRAConfig, LoRAReport, add_lora
+from .add import ALL_LINEAR, LoRAConfig, LoRAReport, add_lora
+from .bottleneck import Bottleneck, BottleneckAdapter, BottleneckConfig, BottleneckReport, add_bottleneck
 from .copies import TrainedCopy
 from .embedding import LoRAEmbedding
 from .factors import LoRA
@@ -11,7 +12,12 @@ from .quantize import QuantizeReport, count_parameters, quantize_
 from .residual import ResidualRow, init_from_residual
 
 __all__ = [
+    "ALL_LINEAR",
     "AdapterInfo",
+    "Bottleneck",
+    "BottleneckAdapter",
+    "BottleneckConfig",
+    "BottleneckReport",
     "LoRA",
     "LoRAConfig",
     "LoRAEmbedding",
@@ -21,6 +27,7 @@ __all__ = [
     "QuantizeReport",
     "ResidualRow",
     "TrainedCopy",
+    "add_bottleneck",
     "add_lora",
     "count_parameters",
     "delete_adapter",

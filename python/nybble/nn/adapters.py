@@ -117,7 +117,8 @@ class Adapted(nn.Module):
     def acting(self) -> Any:
         """The one adapter that acts on every row, None if there is none here. Only without `selection.rows`."""
         name = self.selection.active
-        return None if name is None or name not in self.adapters else self.adapters[name]
+        held: Any = self._modules["adapters"]  # not by attributes: 2 us of a layer's 30
+        return None if name is None else held._modules.get(name)
 
     def unwrapped(self) -> nn.Module | None:
         """What stands in this module's place once it has no adapter; None: nothing."""
