@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from .checkpoint.load import load
     from .formats import QuantConfig
     from .introspection import Explanation, active_isa, explain, isas
-    from .nn import LoRAConfig, LoRALinear, LoRAReport, QuantizeReport, QuantLinear, add_lora, quantize_
+    from .nn import (
+        BottleneckConfig,
+        BottleneckReport,
+        LoRAConfig,
+        LoRALinear,
+        LoRAReport,
+        QuantizeReport,
+        QuantLinear,
+        add_bottleneck,
+        add_lora,
+        quantize_,
+    )
     from .nn.adapters import AdapterInfo, adapters, delete_adapter, set_adapter, use_adapter
     from .tensor import QuantTensor
     from .training import TrainConfig, TrainReport, finetune
@@ -43,7 +54,18 @@ _HOMES = {
     "checkpoint.gguf": ("GGUFReport", "export_gguf", "import_gguf"),
     "formats": ("QuantConfig",),
     "introspection": ("Explanation", "active_isa", "explain", "isas"),
-    "nn": ("LoRAConfig", "LoRALinear", "LoRAReport", "QuantLinear", "QuantizeReport", "add_lora", "quantize_"),
+    "nn": (
+        "BottleneckConfig",
+        "BottleneckReport",
+        "LoRAConfig",
+        "LoRALinear",
+        "LoRAReport",
+        "QuantLinear",
+        "QuantizeReport",
+        "add_bottleneck",
+        "add_lora",
+        "quantize_",
+    ),
     "nn.adapters": ("AdapterInfo", "adapters", "delete_adapter", "set_adapter", "use_adapter"),
     "tensor": ("QuantTensor",),
     "training": ("TrainConfig", "TrainReport", "finetune"),
@@ -52,6 +74,8 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "AdapterInfo",
+    "BottleneckConfig",
+    "BottleneckReport",
     "Calibration",
     "Comparison",
     "Explanation",
@@ -68,6 +92,7 @@ __all__ = [
     "TrainReport",
     "active_isa",
     "adapters",
+    "add_bottleneck",
     "add_lora",
     "combine_adapters",
     "compare",

@@ -131,7 +131,8 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     directory = Path(directory)
     settings = read_settings(directory)
     if settings["peft_type"] != "LORA":
-        raise CheckpointError(f"{directory / CONFIG_NAME}: peft_type is {settings['peft_type']!r}, 'LORA' is needed")
+        kind = settings["peft_type"]
+        raise CheckpointError(f"{directory / CONFIG_NAME}: peft_type is {kind!r}, 'LORA' is needed: {_NO_WEIGHTS[kind]}")
     result = AdapterFile(directory, settings)
     path = directory / WEIGHTS_NAME
     parts: dict[str, dict[str, TensorInfo]] = {}
@@ -279,6 +280,12 @@ def read_settings(directory: Path) -> dict[str, Any]:
 PROMPT_TYPES = ("PREFIX_TUNING", "PROMPT_TUNING")
 #: Bottleneck adapters, which PEFT does not have: nybble's own type in the same two files.
 BOTTLENECK_TYPE = "BOTTLENECK"
+#: Why their adapters cannot become part of the weights, nor be combined with others.
+_NO_WEIGHTS = {
+    "PREFIX_TUNING": "a prefix is keys and values beside those of the text, and no change of a weight",
+    "PROMPT_TUNING": "a prompt is embeddings before those of the text, and no change of a weight",
+    BOTTLENECK_TYPE: "a bottleneck is a network with a non-linear activation, which no weight can stand for",
+}
 
 
 def _check_values(path: Path, settings: dict[str, Any]) -> None:
