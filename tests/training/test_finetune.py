@@ -20,8 +20,8 @@ from torch import nn
 import nybble
 from nybble import LoRAConfig, QuantConfig, TrainConfig, add_lora, finetune, load_adapter, quantize_
 from nybble.training import NonFiniteLossError, learning_rate, perplexity
-from nybble.training.loop import make_optimizer
 from nybble.training.metrics import Display, MetricsFile, memory_bytes, peak_memory_bytes
+from nybble.training.optimization import make_optimizer
 
 TOKENS = torch.tensor(list(TEXT.encode()))
 SHORT = TrainConfig(steps=3, batch_size=2, seq_len=32, lr=1e-3, warmup_steps=0, dtype="fp32")
@@ -109,8 +109,15 @@ def test_a_plain_module_without_transformers_trains() -> None:
 def test_weight_decay_spares_vectors() -> None:
     model = nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2))
     model[0].weight.requires_grad_(False)
-    groups = make_optimizer(model, TrainConfig(weight_decay=0.1)).param_groups
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    groups = make_optimizer(trained, TrainConfig(weight_decay=0.1)).param_groups
     assert [(group["weight_decay"], len(group["params"])) for group in groups] == [(0.0, 3)]
+
+
+def test_lora_plus_gives_b_a_rate_of_its_own() -> None:
+    trained = {name: p for name, p in adapted().named_parameters() if p.requires_grad}
+    groups = make_optimizer(trained, TrainConfig(lora_plus_ratio=16.0)).param_groups
+    assert {group["lr_scale"]: len(group["params"]) for group in groups} == {1.0: 14, 16.0: 14}
 
 
 def test_schedule_rises_linearly_and_falls_by_half_a_cosine() -> None:
@@ -206,7 +213,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path: Pa
         run(model, on_step=poison, out_dir=tmp_path / "out")
     assert caught.value.step == 3
     assert not model.training
-    assert [p.name for p in (tmp_path / "out").iterdir()] == ["metrics.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["metrics.jsonl", "run.json"]
 
 
 @pytest.mark.parametrize(
@@ -251,7 +258,7 @@ def test_what_does_not_fit_the_model_is_refused_before_training(tmp_path: Path) 
         run(model, tmp_path / "nothing.txt", tokenizer=ByteTokenizer())
     with pytest.raises(ValueError, match="no trainable parameter"):
         run(llama().requires_grad_(False))
-    with pytest.raises(ValueError, match="no LoRA layer"):
+    with pytest.raises(ValueError, match="no adapter to save"):
         run(llama(), out_dir=tmp_path / "out")
     (tmp_path / "file").write_text("x")
     with pytest.raises(FileExistsError, match="not empty"):

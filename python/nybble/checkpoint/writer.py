@@ -90,6 +90,10 @@ class Staging:
         path = self.directory / name
         return path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
+    def path(self, name: str) -> Path:
+        """Where the file is until `commit`."""
+        return self._temporary(name)
+
     def open(self, name: str) -> BinaryIO:
         """A new binary file that `commit` will call `name`; close it with `close(name)`."""
         path = self._temporary(name)

@@ -21,8 +21,13 @@ def load_tokenizer(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
-def load_model(directory: Path, adapter: Path | None = None, device: str = "cpu") -> tuple[PreTrainedModel, Any]:
-    """(model in eval mode, tokenizer) of a checkpoint directory, quantized or not, with an adapter on it if given."""
+def load_model(
+    directory: Path, adapter: Path | None = None, device: str = "cpu", dtype: Any = None
+) -> tuple[PreTrainedModel, Any]:
+    """(model in eval mode, tokenizer) of a checkpoint directory, quantized or not, with an adapter on it if given.
+
+    dtype: of the weights that are not quantized; the checkpoint's by default.
+    """
     import torch
 
     from ..checkpoint import load, load_adapter
@@ -32,7 +37,7 @@ def load_model(directory: Path, adapter: Path | None = None, device: str = "cpu"
         raise ValueError(
             f"device is {device!r}; this machine has: {', '.join(d for d, has in available.items() if has)}"
         )
-    model = load(directory, device=device)
+    model = load(directory, device=device, dtype=dtype)
     if adapter is not None:
         load_adapter(model, adapter)
     return model.eval(), load_tokenizer(directory)

@@ -9,14 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .classifier import TextClassifier
     from .config import TrainConfig, learning_rate
     from .evaluate import perplexity
-    from .loop import Evaluation, NonFiniteLossError, TrainReport, finetune
+    from .loop import NonFiniteLossError, finetune
+    from .report import Evaluation, TrainReport
     from .sample import generate_text
 
 __all__ = [
     "Evaluation",
     "NonFiniteLossError",
+    "TextClassifier",
     "TrainConfig",
     "TrainReport",
     "finetune",
@@ -26,9 +29,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "classifier": ("TextClassifier",),
     "config": ("TrainConfig", "learning_rate"),
     "evaluate": ("perplexity",),
-    "loop": ("Evaluation", "NonFiniteLossError", "TrainReport", "finetune"),
+    "loop": ("NonFiniteLossError", "finetune"),
+    "report": ("Evaluation", "TrainReport"),
     "sample": ("generate_text",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

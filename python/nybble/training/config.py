@@ -14,6 +14,22 @@ def _help(text: str) -> dict[str, str]:
     return {"help": text}
 
 
+_CHOICES = {
+    "dtype": ("bf16", "fp32"),
+    "packing": ("stream", "documents", "none"),
+    "optimizer": ("adamw", "adamw8bit", "lion", "sgd"),
+    "schedule": ("cosine", "linear", "constant"),
+}
+
+# What may differ between a run and its continuation: none of it changes a bit of the result.
+_FREE = ("out_dir", "plot", "log_every", "save_every", "keep_checkpoints", "tensorboard")
+
+
+def _either(allowed: tuple[str, ...]) -> str:
+    *first, last = map(repr, allowed)
+    return f"{', '.join(first)} or {last}"
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """What `finetune` does. One optimizer step sees batch_size * grad_accum sequences of seq_len predicted tokens.
@@ -28,20 +44,39 @@ class TrainConfig:
     batch_size: int = field(default=4, metadata=_help("sequences in one forward pass"))
     grad_accum: int = field(default=1, metadata=_help("forward passes whose gradients are summed into one step"))
     seq_len: int = field(default=512, metadata=_help("predicted tokens in a sequence"))
-    lr: float = field(default=2e-4, metadata=_help("peak learning rate of AdamW"))
+    packing: str = field(
+        default="stream",
+        metadata=_help(
+            "stream: documents joined and cut into rows; documents: whole ones packed into rows, each sees only itself; "
+            "none: one a row, padded"
+        ),
+    )
+    optimizer: str = field(
+        default="adamw", metadata=_help("adamw; adamw8bit: its moments block-wise in 8 bits; lion (lion-pytorch); sgd")
+    )
+    lr: float = field(default=2e-4, metadata=_help("peak learning rate"))
+    lora_plus_ratio: float = field(
+        default=1.0, metadata=_help("LoRA+: learning rate of the B matrices as a multiple of lr (16 in the paper)")
+    )
+    schedule: str = field(
+        default="cosine",
+        metadata=_help("learning rate after warm-up: cosine, linear (both to min_lr_ratio) or constant"),
+    )
     warmup_steps: int = field(default=10, metadata=_help("steps in which the learning rate rises linearly to its peak"))
     min_lr_ratio: float = field(
-        default=0.1, metadata=_help("learning rate at the end of the cosine, as a share of the peak")
+        default=0.1, metadata=_help("learning rate at the end of the schedule, as a share of the peak")
     )
     weight_decay: float = field(
         default=0.0, metadata=_help("decoupled weight decay on parameters of two or more dimensions")
     )
-    betas: tuple[float, float] = field(
-        default=(0.9, 0.999), metadata=_help("decay of AdamW's first and second moments")
-    )
+    betas: tuple[float, float] = field(default=(0.9, 0.999), metadata=_help("decay of the first and second moments"))
     eps: float = field(default=1e-8, metadata=_help("AdamW's denominator offset"))
     max_grad_norm: float = field(
         default=1.0, metadata=_help("clip the gradient's global norm to this; 0 turns clipping off")
+    )
+    ema_decay: float = field(
+        default=0.0,
+        metadata=_help("keep a running mean of the weights with this decay, evaluate and save it; 0: none"),
     )
     gradient_checkpointing: bool = field(
         default=False, metadata=_help("keep only layer inputs and recompute the rest in the backward pass")
@@ -57,31 +92,47 @@ class TrainConfig:
         default=0, metadata=_help("steps between evaluations; 0 evaluates only before and after training")
     )
     eval_windows: int | None = field(default=None, metadata=_help("evaluate on at most this many held-out sequences"))
+    early_stopping: int = field(
+        default=0, metadata=_help("stop after this many evaluations in a row without a better loss; 0: never")
+    )
+    keep_best: bool = field(
+        default=False, metadata=_help("keep what gave the best held-out loss in best/, beside the last in adapter/")
+    )
+    save_every: int = field(
+        default=100, metadata=_help("steps between checkpoints from which an interrupted run goes on; 0: none")
+    )
+    keep_checkpoints: int = field(default=2, metadata=_help("checkpoints kept, so that a damaged one has another"))
     log_every: int = field(default=1, metadata=_help("steps between lines in metrics.jsonl and in plain output"))
     seed: int = field(default=0, metadata=_help("order of the sequences and dropout"))
     out_dir: str | Path | None = field(
         default=None, metadata=_help("where adapter/, metrics.jsonl and loss.png are written; None: nowhere")
     )
+    tensorboard: bool = field(default=False, metadata=_help("write TensorBoard's files too (needs tensorboard)"))
+    fused: bool = field(
+        default=True, metadata=_help("on the CPU, fused kernels for norms, gated MLPs, rotary and attention's gradient")
+    )
     plot: bool = field(default=True, metadata=_help("draw loss.png (needs matplotlib)"))
 
     def __post_init__(self) -> None:
         self._check_length()
-        for name in ("batch_size", "grad_accum", "seq_len", "loss_chunk", "log_every"):
+        for name in ("batch_size", "grad_accum", "seq_len", "loss_chunk", "log_every", "keep_checkpoints"):
             self._integer(name, 1)
-        for name in ("warmup_steps", "eval_every", "seed"):
+        for name in ("warmup_steps", "eval_every", "early_stopping", "save_every", "seed"):
             self._integer(name, 0)
         if self.eval_windows is not None:
             self._integer("eval_windows", 1)
-        for name in ("lr", "eps"):
+        for name in ("lr", "eps", "lora_plus_ratio"):
             self._number(name, "above 0", lambda v: v > 0)
         for name in ("weight_decay", "max_grad_norm"):
             self._number(name, "at least 0", lambda v: v >= 0)
         self._number("min_lr_ratio", "from 0 to 1", lambda v: 0 <= v <= 1)
-        self._number("val_fraction", "at least 0 and below 1", lambda v: 0 <= v < 1)
+        for name in ("val_fraction", "ema_decay"):
+            self._number(name, "at least 0 and below 1", lambda v: 0 <= v < 1)
         if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be two numbers at least 0 and below 1, got {self.betas!r}")
-        if self.dtype not in ("bf16", "fp32"):
-            raise ValueError(f"dtype must be 'bf16' or 'fp32', got {self.dtype!r}")
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be {_either(allowed)}, got {getattr(self, name)!r}")
 
     def _check_length(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -129,9 +180,13 @@ class TrainConfig:
         content["out_dir"] = None if self.out_dir is None else str(self.out_dir)
         return content
 
+    def identity(self) -> dict[str, Any]:
+        """JSON-able: what decides the result's bits."""
+        return {name: value for name, value in self.to_dict().items() if name not in _FREE}
+
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Learning rate of optimizer step `step` (0 is the first): linear warm-up, then half a cosine to min_lr_ratio * lr.
+    """Learning rate of optimizer step `step` (0 is the first): linear warm-up, then config.schedule to min_lr_ratio * lr.
 
     The last warm-up step has the full rate, the last step of the run has the least one. A warm-up longer than the run
     is cut to the run.
@@ -140,5 +195,8 @@ def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
     if step < warmup:
         return config.lr * (step + 1) / warmup
     progress = (step - warmup + 1) / max(1, total_steps - warmup)
-    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * cosine)
+    progress = min(1.0, progress)
+    if config.schedule == "constant":
+        return config.lr
+    share = 1.0 - progress if config.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * progress))
+    return config.lr * (config.min_lr_ratio + (1.0 - config.min_lr_ratio) * share)

@@ -47,7 +47,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_logits is not None:
                 grad_part = run.gradients(part, grad_logits)
                 if grad_hidden is not None and grad_part is not None:
-                    grad_hidden[tokens] = grad_part
+                    grad_hidden[tokens] = grad_part.to(grad_hidden.dtype)
         ctx.has_hidden = grad_hidden is not None
         ctx.save_for_backward(*([] if grad_hidden is None else [grad_hidden]), *run.grad_parameters)
         ctx.dtypes = [p.dtype for p in parameters]

@@ -53,22 +53,67 @@ def format_memory(count: int | None) -> str:
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, on disk as soon as it is written. With no path it writes nothing."""
+    """metrics.jsonl: one JSON object a line, on disk as soon as it is written; with `tensorboard` its files too.
 
-    def __init__(self, path: Path | None) -> None:
-        self._file: IO[str] | None = None if path is None else path.open("w", encoding="utf-8")
+    Args:
+        path: the file; None: nothing is written.
+        after: the step from which a run is taken up again: rows of later steps are dropped, and new ones follow.
+        tensorboard: a directory for TensorBoard's files.
+
+    Raises:
+        ImportError: tensorboard is wanted and not installed.
+    """
+
+    def __init__(self, path: Path | None, after: int | None = None, tensorboard: Path | None = None) -> None:
+        self._board = None if tensorboard is None else _summary_writer(tensorboard, after)
+        if path is not None and after is not None and path.exists():
+            _keep_rows(path, after)
+        self._file: IO[str] | None = (
+            None if path is None else path.open("w" if after is None else "a", encoding="utf-8")
+        )
 
     def write(self, kind: str, **values: Any) -> None:
+        """Values that are not finite become null, which JSON has instead."""
         if self._file is not None:
-            # JSON has no NaN or infinity: null stands for them.
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             self._file.write(json.dumps({"kind": kind, **row}, allow_nan=False) + "\n")
             self._file.flush()
+        if self._board is not None and kind in ("step", "eval"):
+            for name, value in values.items():
+                if name != "step" and isinstance(value, int | float):
+                    self._board.add_scalar(f"{kind}/{name}", value, values["step"])
+            self._board.flush()
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
+        if self._board is not None:
+            self._board.close()
+            self._board = None
+
+
+def _keep_rows(path: Path, after: int) -> None:
+    """Drop the rows of steps after `after`, and a last line that a killed process did not finish."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and row.get("step", 0) <= after:
+            kept.append(line + "\n")
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text("".join(kept), encoding="utf-8")
+    os.replace(partial, path)
+
+
+def _summary_writer(directory: Path, after: int | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError("tensorboard=True needs the package tensorboard: pip install tensorboard") from error
+    return SummaryWriter(directory, purge_step=None if after is None else after + 1)
 
 
 class Display:

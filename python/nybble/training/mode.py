@@ -1,0 +1,65 @@
+"""The state a model is in while it trains: training mode, activation checkpointing, fused kernels; all undone after."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import nn
+
+from .config import TrainConfig
+
+
+def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
+    """To bfloat16, where config asks for it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16")
+
+
+def checkpointing(model: nn.Module, config: TrainConfig) -> str | None:
+    """What the model calls it, if config wants it: transformers renamed its methods in 5.23 (the old name warns)."""
+    if not config.gradient_checkpointing:
+        return None
+    for name in ("activation_checkpointing", "gradient_checkpointing"):
+        if hasattr(_encoder(model), f"{name}_enable"):
+            return name
+    raise ValueError(f"gradient_checkpointing: {type(model).__name__} has no gradient_checkpointing_enable()")
+
+
+def _encoder(model: nn.Module) -> nn.Module:
+    """The transformers model inside nybble's classifier, else the model."""
+    inner = getattr(model, "encoder", None)
+    return inner if isinstance(inner, nn.Module) and not hasattr(model, "gradient_checkpointing_enable") else model
+
+
+@contextmanager
+def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
+    """Training mode, and what config switches on, for the time of a run."""
+    was_training = {module: module.training for module in model.modules()}
+    already_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+    switch = None if already_on else checkpointing(model, config)
+    with ExitStack() as stack:
+        if config.fused and next(model.parameters()).device.type == "cpu":
+            try:  # TEMPORARY
+                from .lean import lean
+
+                stack.enter_context(lean(model))
+            except ImportError:
+                pass
+            try:  # TEMPORARY
+                from .lean_attention import lean_attention
+
+                stack.enter_context(lean_attention())
+            except ImportError:
+                pass
+        if switch is not None:
+            getattr(_encoder(model), f"{switch}_enable")(**{f"{switch}_kwargs": {"use_reentrant": False}})
+            stack.callback(getattr(_encoder(model), f"{switch}_disable"))
+        model.train()
+        try:
+            yield
+        finally:
+            for module, training in was_training.items():
+                module.training = training
+            for parameter in model.parameters():
+                parameter.grad = None

@@ -1,0 +1,77 @@
+"""Groups of parameters, clipping, the running mean of the weights: what lies between gradients and weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .config import TrainConfig
+
+try:  # TEMPORARY
+    from .optim import build_optimizer
+except ImportError:
+
+    def build_optimizer(name, groups, **options):
+        return torch.optim.AdamW(groups, **options)
+
+
+def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
+    """The optimizer of config over parameters by name.
+
+    Weight decay is for those of two or more dimensions; the B matrices of LoRA have config.lora_plus_ratio times the
+    learning rate (LoRA+, arXiv 2402.12354): a group's `lr_scale` says so.
+    """
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in parameters.items():
+        decay = config.weight_decay if parameter.dim() >= 2 else 0.0
+        scale = config.lora_plus_ratio if name.endswith(".lora_B") else 1.0
+        groups.setdefault((decay, scale), []).append(parameter)
+    listed = [
+        {"params": members, "weight_decay": decay, "lr_scale": scale} for (decay, scale), members in groups.items()
+    ]
+    return build_optimizer(config.optimizer, listed, lr=config.lr, betas=config.betas, eps=config.eps)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group lr times its scale."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"]
+
+
+def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
+    """Scale the gradients so that their global norm is at most max_norm (0: any); returns the norm before, fp32."""
+    return nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+
+
+class RunningMean:
+    """The exponential moving average of parameters, in fp32 beside them."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.parameters = parameters
+        self.values = {name: p.detach().float().clone() for name, p in parameters.items()} if decay else {}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer step: mean = decay * mean + (1 - decay) * parameter."""
+        for name, value in self.values.items():
+            value.lerp_(self.parameters[name].float(), 1.0 - self.decay)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The parameters have the mean's values for the time of a `with` block; nothing happens without a mean."""
+        kept: dict[str, Any] = {name: self.parameters[name].detach().clone() for name in self.values}
+        with torch.no_grad():
+            for name, value in self.values.items():
+                self.parameters[name].copy_(value)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, value in kept.items():
+                    self.parameters[name].copy_(value)
