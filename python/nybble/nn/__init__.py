@@ -6,6 +6,7 @@ from .bottleneck import Bottleneck, BottleneckAdapter, BottleneckConfig, Bottlen
 from .copies import TrainedCopy
 from .embedding import LoRAEmbedding
 from .factors import LoRA
+from .full import train_all, train_only
 from .linear import QuantLinear
 from .lora import LoRALinear
 from .quantize import QuantizeReport, count_parameters, quantize_
@@ -34,5 +35,7 @@ __all__ = [
     "init_from_residual",
     "quantize_",
     "set_adapter",
+    "train_all",
+    "train_only",
     "use_adapter",
 ]
