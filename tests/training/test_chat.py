@@ -1,4 +1,4 @@
-"""Chat data: the answers alone are predicted, each once, up to the token that ends the turn, in templates of all kinds."""
+"""Chat data: the answers alone are predicted, each once, up to the token that ends the turn, in any template."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -26,7 +27,7 @@ LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=12)
 def numbered(lengths: list[int]) -> Examples:
     """Documents in which no token occurs twice, so that a token says where it is from."""
     ends = torch.tensor([0, *lengths]).cumsum(0).tolist()
-    return make_examples([list(range(a, b)) for a, b in zip(ends, ends[1:], strict=False)])
+    return make_examples([list(range(a, b)) for a, b in pairwise(ends)])
 
 
 def from_bytes(lengths: list[int]) -> Examples:

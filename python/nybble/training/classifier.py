@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data.labelled import Labelled, LabelledBatch
-from .masks import evaluating
+from .evaluating import evaluating
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -35,7 +35,9 @@ class TextClassifier(nn.Module):
         config: Any = getattr(encoder, "config", None)
         hidden = getattr(config, "hidden_size", None)
         if not isinstance(hidden, int):
-            raise TypeError(f"encoder must be a transformers model with config.hidden_size, got {type(encoder).__name__}")
+            raise TypeError(
+                f"encoder must be a transformers model with config.hidden_size, got {type(encoder).__name__}"
+            )
         self.encoder = encoder
         self.config = config
         self.classes = classes
@@ -45,7 +47,9 @@ class TextClassifier(nn.Module):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def forward(self, ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
         """ids int64 [B, T]; attention_mask [B, T], 0 or False in padding; None: there is none."""
         mask = torch.ones_like(ids) if attention_mask is None else attention_mask
         types = {} if token_type_ids is None else {"token_type_ids": token_type_ids}

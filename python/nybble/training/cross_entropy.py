@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         wanted = grad and (hidden.requires_grad or bool(parameters))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden) if wanted and hidden.requires_grad else None
-        make = _LinearHead if _is_plain_linear(head, hidden) else _AnyHead
-        run = make(head, parameters if wanted else (), grad_hidden is not None, min(chunk, hidden.shape[0]))
+        run = _make_head(head, hidden, parameters if wanted else (), grad_hidden is not None, chunk)
         for tokens in _chunks(targets, chunk):
             part, wanted_tokens = hidden[tokens], targets[tokens]
             logits = run.logits(part)
@@ -72,8 +71,17 @@ def _chunks(targets: Tensor, chunk: int) -> Iterator[slice | Tensor]:
         yield from counted.nonzero()[:, 0].split(chunk) if counted.any() else ()
 
 
-def _is_plain_linear(head: nn.Module, hidden: Tensor) -> bool:
-    """A matrix product and nothing else, in a dtype that both sides have."""
+def _make_head(
+    head: nn.Module, hidden: Tensor, parameters: tuple[Tensor, ...], grad_hidden: bool, chunk: int
+) -> _LinearHead | _AnyHead:
+    """The fast way for a matrix product and nothing else, in a dtype that both sides have."""
+    chunk = min(chunk, hidden.shape[0])
+    if _is_plain_linear(head, hidden):
+        return _LinearHead(head, parameters, grad_hidden, chunk)
+    return _AnyHead(head, parameters, grad_hidden, chunk)
+
+
+def _is_plain_linear(head: nn.Module, hidden: Tensor) -> TypeGuard[nn.Linear]:
     hooks = (head._forward_hooks, head._forward_pre_hooks, head._backward_hooks, head._backward_pre_hooks)
     if type(head) is not nn.Linear or "forward" in vars(head) or any(hooks):
         return False
@@ -81,7 +89,7 @@ def _is_plain_linear(head: nn.Module, hidden: Tensor) -> bool:
 
 
 class _Head:
-    """What a chunk's logits and gradients are computed with; buffers are made once, as new large ones cost page faults."""
+    """What a chunk's logits and gradients are computed with. Buffers are made once: new large ones cost page faults."""
 
     grad_parameters: Sequence[Tensor | None]
 

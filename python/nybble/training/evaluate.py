@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .data.rows import IGNORE, Rows
+from .evaluating import evaluating
 from .loss import CausalLoss
-from .masks import evaluating
 
 
 def perplexity_of(loss: float) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.rows import Batch
+from .evaluating import evaluating
 
 ADVICE = "use packing='none' or 'stream', or another attention"
 _LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -34,10 +35,10 @@ class DocumentAttention:
     """
 
     def __init__(self, run: nn.Module, forward: Callable[..., Tensor]) -> None:
-        """run: the module that the arguments are for, with its configuration. forward(ids, **arguments) -> [B, T, any]"""
+        """run: the module that the arguments are for, with its configuration. forward: (ids, **them) -> [B, T, any]."""
         self.run = run
         self.forward = forward
-        config = getattr(run, "config", None)
+        config: Any = getattr(run, "config", None)
         self.config = config.get_text_config() if hasattr(config, "get_text_config") else config
         self._proven: set[type] = set()
 
@@ -62,11 +63,11 @@ class DocumentAttention:
             raise ValueError(
                 f"{self._name} has layers of {', '.join(other)}, which cannot keep documents of a row apart; {ADVICE}"
             )
-        window = getattr(self.config, "sliding_window", None)
-        sliding = window is not None and (not kinds or "sliding_attention" in kinds)
-        if by_kind or (sliding and longest > window and len(kinds) > 1):
+        window: int | None = getattr(self.config, "sliding_window", None)
+        binds = window is not None and longest > window and (not kinds or "sliding_attention" in kinds)
+        if by_kind or (binds and len(kinds) > 1):
             return {"full_attention": self._form(documents), "sliding_attention": self._form(documents, window)}
-        return self._form(documents, window if sliding and longest > window else None)
+        return self._form(documents, window if binds else None)
 
     def _form(self, documents: Tensor, window: int | None = None) -> Tensor:
         """The mask as the model's attention takes it."""
@@ -113,18 +114,3 @@ class DocumentAttention:
             raise ValueError(f"{self._name} lets documents of a row see each other in spite of their mask; {ADVICE}")
         if (first[:, 3:] - alone).abs().max() > 0.05 * alone.abs().max():
             raise ValueError(f"{self._name} does not restart positions with every document of a row; {ADVICE}")
-
-
-class evaluating:  # noqa: N801  # used as a function
-    """A `with` block in eval mode; every module goes back to the mode that it was in."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-
-    def __exit__(self, *error: object) -> None:
-        for module, mode in self.modes:
-            module.training = mode

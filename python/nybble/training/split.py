@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.adapters import adapted_modules
-from .masks import evaluating
+from .evaluating import evaluating
 
 
 def full_logits(model: nn.Module, input_ids: Tensor, **arguments: Any) -> Tensor:
@@ -73,7 +73,7 @@ def _rows(model: nn.Module) -> int:
 def _candidates(model: nn.Module, head: nn.Module) -> Iterator[nn.Module]:
     """The head alone, and with what model families do to its logits by their configuration."""
     yield head
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     cap = getattr(config, "final_logit_softcapping", None)
     if cap:

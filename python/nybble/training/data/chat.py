@@ -120,4 +120,5 @@ class ChatTemplate:
 def _difference(expected: str, found: str) -> str:
     """Where two texts part."""
     place = next((i for i, (a, b) in enumerate(zip(expected, found, strict=False)) if a != b), len(found))
-    return f"after {expected[max(0, place - 20) : place]!r} come {expected[place : place + 20]!r} and {found[place : place + 20]!r}"
+    wanted, came = expected[place : place + 20], found[place : place + 20]
+    return f"after {expected[max(0, place - 20) : place]!r} come {wanted!r} and {came!r}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 from .tokens import encode_all, opening_tokens
@@ -94,18 +95,24 @@ class Encoder:
             first = token
             while token < len(ids) and places[token][0] < end:
                 token += 1
-            last = self._end_of_turn(ids[first:token], lambda i, f=first: draft.text[places[f + i][1] : end])
-            predicted[first : first + last] = [True] * last
+            special = self._last_special(ids[first:token])
+            last = token
+            if special is not None and not draft.text[places[first + special][1] : end].strip():
+                last = first + special + 1
+            predicted[first:last] = [True] * (last - first)
         return predicted
 
     def _part_by_part(self, draft: Draft) -> Encoded:
         """The text cut where answers begin and end, every part encoded by itself."""
         cuts = sorted({0, len(draft.text), *(place for answer in draft.answers or () for place in answer)})
-        parts = [draft.text[a:b] for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [draft.text[a:b] for a, b in pairwise(cuts)]
         starts = {answer[0] for answer in draft.answers or ()}
         encoded = Encoded([], [])
-        for start, part, ids in zip(cuts, parts, encode_all(self.tokenizer, parts), strict=False):
-            counted = self._end_of_turn(ids, lambda i, ids=ids: self._decode(ids[i + 1 :])) if start in starts else 0
+        for start, ids in zip(cuts, encode_all(self.tokenizer, parts), strict=False):
+            counted = len(ids) if start in starts else 0
+            special = self._last_special(ids)
+            if counted and special is not None and not self._decode(ids[special + 1 :]).strip():
+                counted = special + 1
             encoded.ids.extend(ids)
             encoded.predicted.extend(i < counted for i in range(len(ids)))
         return encoded
@@ -113,15 +120,12 @@ class Encoder:
     def _decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids) if ids else ""
 
-    def _end_of_turn(self, ids: list[int], rest: Any) -> int:
-        """How many tokens of an answer count: up to the last special token if only blanks follow it, else all.
+    def _last_special(self, ids: list[int]) -> int | None:
+        """Index of the last special token. An answer ends with it if only blanks follow.
 
         ChatML, for one, writes a line break after the token that ends the turn; no model is asked to go on there.
         """
-        for index in range(len(ids) - 1, -1, -1):
-            if ids[index] in self.special:
-                return index + 1 if not rest(index).strip() else len(ids)
-        return len(ids)
+        return next((i for i in range(len(ids) - 1, -1, -1) if ids[i] in self.special), None)
 
 
 def _all_predicted(ids: list[int]) -> Encoded:

@@ -50,8 +50,8 @@ def make_examples(data: Data, tokenizer: Any = None, name: str = "data") -> Exam
     """Any form of `Data` as documents with what is to be predicted in them.
 
     Texts begin with the token that the tokenizer puts in front by itself, if any, and end with its eos_token_id; all
-    their tokens are predicted. Token ids are taken as they are. Rows of JSONL, JSON or a list of dicts may be of several
-    kinds, and each row says by its fields what it is; the first of these that it has, other fields are ignored:
+    their tokens are predicted. Token ids are taken as they are. Rows of JSONL, JSON or a list of dicts may be of
+    several kinds: each says by its fields what it is, the first of these that it has, and other fields are ignored.
 
         {"messages": [{"role", "content"}, ...], "tools": optional}   the tokenizer's chat template; the assistant's
         {"conversations": [{"from", "value"}, ...]}                    answers are predicted (see `ChatTemplate`)
@@ -127,8 +127,8 @@ class _RecordReader:
         if "text" in row:
             return [Draft(_string(row, "text", where), None, bare=False)]
         raise ValueError(
-            f"{where}: expected an object with text; prompt and completion; messages; conversations; or instruction and "
-            f"output; its fields are {', '.join(map(str, row)) or 'none'}"
+            f"{where}: expected an object with text; prompt and completion; messages; conversations; or instruction "
+            f"and output; its fields are {', '.join(map(str, row)) or 'none'}"
         )
 
     def _chat(self, messages: list[dict[str, Any]], where: str, tools: Any) -> list[Draft | Encoded]:

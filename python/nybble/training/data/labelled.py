@@ -62,7 +62,7 @@ def label_names(rows: Iterable[LabelledText]) -> tuple[Label, ...]:
     found = {row.label for row in rows}
     if len({type(label) for label in found}) > 1:
         raise ValueError("labels are partly strings and partly integers; one kind is needed")
-    return tuple(sorted(found))  # type: ignore[type-var]  # all of one type
+    return tuple(sorted(found))
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class Labelled:
         Raises:
             FileNotFoundError, TypeError, ValueError: data that is something else, or a label that is not in `names`.
         """
-        rows = data if _are_rows(data) else read_labelled(data, name)
+        rows = read_labelled(data, name)
         if not rows:
             raise ValueError(f"{name} is empty: there is no row in it")
         names = label_names(rows) if names is None else tuple(names)
@@ -195,10 +195,6 @@ class Labelled:
     def tensors(self) -> list[Tensor]:
         """All that the data consists of."""
         return [self.ids, self.starts, self.labels, *([] if self.types is None else [self.types])]
-
-
-def _are_rows(data: Any) -> bool:
-    return isinstance(data, list) and bool(data) and all(isinstance(row, LabelledText) for row in data)
 
 
 def _encode(

@@ -44,7 +44,9 @@ class DataReport:
         return asdict(self)
 
     def __str__(self) -> str:
-        text = f"{self.documents:,} documents, {self.tokens:,} tokens ({self.predicted:,} predicted), {self.rows:,} rows"
+        text = (
+            f"{self.documents:,} documents, {self.tokens:,} tokens ({self.predicted:,} predicted), {self.rows:,} rows"
+        )
         text += f", {self.padding:.1%} padding" if self.padding else ""
         for count, what in (
             (self.continued, "longer than a row and continued"),
@@ -88,8 +90,8 @@ def pack(examples: Examples, seq_len: int, packing: str = "stream", name: str = 
         "none": one document a row, padded at the right.
 
     A text longer than a row goes on in the next as a document of its own, its first token being the one before's last
-    target. A conversation, or a prompt with its answer, is cut to a row from its end. Rows in which nothing is predicted
-    are left out. The result is a function of the arguments alone.
+    target. A conversation, or a prompt with its answer, is cut to a row from its end. Rows in which nothing is
+    predicted are left out. The result is a function of the arguments alone.
 
     Raises:
         ValueError: packing or seq_len is not allowed, or there is not one row.
