@@ -16,7 +16,9 @@ import nybble
 from nybble import LoRAConfig, LoRALinear, add_lora
 from nybble.checkpoint.peft import adapted_layers, lora_layers
 from nybble.errors import CheckpointError, PatternError
-from nybble.nn.virtual import Prefix, Prompt, attach, attached, detach
+from nybble.nn import add_prefix, add_prompt
+from nybble.nn.adapters import adapter_parameters, delete_adapter
+from nybble.nn.virtual import virtual_tokens
 
 peft = pytest.importorskip("peft")
 Make = Callable[..., Path]
@@ -114,7 +116,7 @@ def test_virtual_tokens_both_ways(
     randomize(theirs)
     theirs.save_pretrained(tmp_path / "theirs")
     mask = torch.ones_like(token_ids)
-    expected = logits(theirs, token_ids, attention_mask=mask)
+    expected = logits(theirs, token_ids, attention_mask=mask)[:, -token_ids.shape[1] :]  # ours are the text's
     ours = make_ours()
     before = logits(ours, token_ids)
     nybble.load_adapter(ours, tmp_path / "theirs")
@@ -122,27 +124,54 @@ def test_virtual_tokens_both_ways(
     assert_close(logits(ours, token_ids), expected)  # without a mask too
     nybble.save_adapter(ours, tmp_path / "ours")
     again = peft.PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "ours").eval()
-    assert_close(logits(again, token_ids, attention_mask=mask), expected)
+    assert_close(logits(again, token_ids, attention_mask=mask)[:, -token_ids.shape[1] :], expected)
     settings = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     generated = theirs.generate(input_ids=token_ids, attention_mask=mask, **settings)
     assert torch.equal(ours.generate(input_ids=token_ids, attention_mask=mask, **settings), generated)
-    detach(ours)
+    delete_adapter(ours, "default")
     assert torch.equal(logits(ours, token_ids), before)
 
 
-@pytest.mark.parametrize("virtual", [Prefix, Prompt])
-def test_virtual_tokens_train(make: Make, token_ids: torch.Tensor, virtual: type[Any]) -> None:
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["prefix", "prompt"])
+def test_virtual_tokens_of_left_padded_texts_and_trained_gradients_are_pefts(
+    make: Make, tmp_path: Path, token_ids: torch.Tensor, kind: str
+) -> None:
+    base = plain(make(dtype=torch.float32))
+    common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 5}
+    config = peft.PromptTuningConfig(**common) if kind == "prompt" else peft.PrefixTuningConfig(**common)
+    theirs = peft.get_peft_model(copy.deepcopy(base), config).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    mask = torch.ones_like(token_ids)
+    mask[0, :3] = 0
+    nybble.load_adapter(base, tmp_path / "theirs")
+    length = token_ids.shape[1]
+    ours, expected = (m(input_ids=token_ids, attention_mask=mask).logits[:, -length:] for m in (base, theirs))
+    seen = mask.bool()
+    assert_close(ours[seen], expected[seen])
+    ours[seen].sin().sum().backward()
+    expected[seen].sin().sum().backward()
+    own = virtual_tokens(base)
+    assert own is not None
+    tokens: Any = own.adapters["default"]
+    for parameter in tokens.parameters():  # so that `flat` gives the gradient in PEFT's layout
+        parameter.data = parameter.grad
+    grad = tokens.flat() if kind == "prefix" else tokens.embeddings
+    assert_close(grad.detach(), theirs.prompt_encoder["default"].embedding.weight.grad)
+
+
+@pytest.mark.parametrize("add", [add_prefix, add_prompt])
+def test_virtual_tokens_train(make: Make, token_ids: torch.Tensor, add: Callable[..., Any]) -> None:
     model = nybble.load(make(dtype=torch.float32))
     nybble.quantize_(model)
     torch.manual_seed(0)
-    attach(model, virtual.for_model(model, 4))
-    with pytest.raises(ValueError, match="virtual tokens already"):
-        attach(model, virtual.for_model(model, 4))
-    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert trained == ["nybble_virtual.embeddings"]
-    own = attached(model)
-    assert own is not None
-    optimizer = torch.optim.Adam([own.embeddings], lr=0.1)
+    add(model, tokens=4)
+    with pytest.raises(ValueError, match=r"model has a (prefix|prompt) 'default' already"):
+        add(model, tokens=4)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained.keys() == adapter_parameters(model, "default").keys()
+    assert all(name.startswith("model.nybble_virtual.adapters.default.") for name in trained)
+    optimizer = torch.optim.Adam(trained.values(), lr=0.1)
     losses = []
     for _ in range(8):
         optimizer.zero_grad()
@@ -238,7 +267,7 @@ def test_bad_values_name_the_file_and_the_key(
 
 def test_a_prefix_that_does_not_fit(make: Make, tmp_path: Path) -> None:
     model = nybble.load(make(dtype=torch.float32))
-    attach(model, Prefix.for_model(model, 3))
+    add_prefix(model, tokens=3)
     nybble.save_adapter(model, tmp_path / "a")
     values = load_file(tmp_path / "a" / "adapter_model.safetensors")
     save_file(
@@ -249,4 +278,4 @@ def test_a_prefix_that_does_not_fit(make: Make, tmp_path: Path) -> None:
         CheckpointError, match=r"'prompt_embeddings' is F32 \[3, 8\], the model wants floats \[3, 128\]"
     ):
         nybble.load_adapter(fresh, tmp_path / "a")
-    assert attached(fresh) is None
+    assert virtual_tokens(fresh) is None

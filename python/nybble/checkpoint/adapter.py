@@ -132,7 +132,9 @@ def read_adapter(directory: str | Path) -> AdapterFile:
     settings = read_settings(directory)
     if settings["peft_type"] != "LORA":
         kind = settings["peft_type"]
-        raise CheckpointError(f"{directory / CONFIG_NAME}: peft_type is {kind!r}, 'LORA' is needed: {_NO_WEIGHTS[kind]}")
+        raise CheckpointError(
+            f"{directory / CONFIG_NAME}: peft_type is {kind!r}, 'LORA' is needed: {_NO_WEIGHTS[kind]}"
+        )
     result = AdapterFile(directory, settings)
     path = directory / WEIGHTS_NAME
     parts: dict[str, dict[str, TensorInfo]] = {}

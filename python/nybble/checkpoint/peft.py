@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 from pathlib import Path
@@ -61,8 +60,7 @@ def save_adapter(
             file: it mixes kinds, or rsLoRA or DoRA with plain layers.
         StorageFullError: the disk is full; the adapter that was there is untouched.
     """
-    unnamed = _unnamed_virtual(model)
-    name = "" if unnamed else _chosen(model, name)
+    name = _chosen(model, name)
     if base is None:
         base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     common = {
@@ -70,7 +68,7 @@ def save_adapter(
         "base_model_name_or_path": None if base is None else str(base),
         "inference_mode": True,
     }
-    config, tensors = unnamed or _parts(model, name)
+    config, tensors = _parts(model, name)
     copies = copies_to_save(model, name)
     config["modules_to_save"] = list(copies) or None
     for values in copies.values():
@@ -83,14 +81,6 @@ def save_adapter(
         writer.finish()
         staging.write(CONFIG_NAME, (json.dumps({**config, **common}, indent=2) + "\n").encode())
         staging.commit()
-
-
-def _unnamed_virtual(model: nn.Module) -> Any:
-    """What there is to save of virtual tokens that are no named adapter."""
-    from . import virtual
-
-    attached = getattr(virtual, "attached", None)
-    return None if attached is None or attached(model) is None else virtual.save_virtual(model)
 
 
 def _chosen(model: nn.Module, name: str | None) -> str:
@@ -119,7 +109,7 @@ def _parts(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tenso
     if own == ["virtual"]:
         from .virtual import save_virtual
 
-        return save_virtual(model, name)  # type: ignore[call-arg]
+        return save_virtual(model, name)
     if own == ["bottleneck"]:
         from .bottleneck import save_bottleneck
 
@@ -129,10 +119,9 @@ def _parts(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tenso
 
 def check_saveable(model: nn.Module, name: str | None = None) -> None:
     """Raises ValueError where `save_adapter` of this adapter would."""
-    if _unnamed_virtual(model) is None:
-        name = _chosen(model, name)
-        _parts(model, name)
-        copies_to_save(model, name)
+    name = _chosen(model, name)
+    _parts(model, name)
+    copies_to_save(model, name)
 
 
 @torch.no_grad()
@@ -159,10 +148,7 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     if kind in PROMPT_TYPES:
         from .virtual import load_virtual
 
-        if len(inspect.signature(load_virtual).parameters) == 2:  # virtual tokens that are no named adapter
-            load_virtual(model, directory)
-            return
-        load_virtual(model, directory, name)  # type: ignore[call-arg]
+        load_virtual(model, directory, name)
     elif kind == BOTTLENECK_TYPE:
         from .bottleneck import load_bottleneck
 

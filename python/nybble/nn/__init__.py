@@ -9,8 +9,12 @@ from .factors import LoRA
 from .full import train_all, train_only
 from .linear import QuantLinear
 from .lora import LoRALinear
+from .prefix import Prefix, PrefixConfig, add_prefix
+from .prompt import Prompt, PromptConfig, add_prompt
 from .quantize import QuantizeReport, count_parameters, quantize_
 from .residual import ResidualRow, init_from_residual
+from .tokens import VirtualReport
+from .virtual import VirtualTokens
 
 __all__ = [
     "ALL_LINEAR",
@@ -24,12 +28,20 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALinear",
     "LoRAReport",
+    "Prefix",
+    "PrefixConfig",
+    "Prompt",
+    "PromptConfig",
     "QuantLinear",
     "QuantizeReport",
     "ResidualRow",
     "TrainedCopy",
+    "VirtualReport",
+    "VirtualTokens",
     "add_bottleneck",
     "add_lora",
+    "add_prefix",
+    "add_prompt",
     "count_parameters",
     "delete_adapter",
     "init_from_residual",
