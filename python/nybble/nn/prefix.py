@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from .adapters import DEFAULT
-from .attention import Layer
-from .tokens import Tokens, VirtualReport, activate, check_settings, check_tokens, first_ids, require_free
+from .attention import Configs, Layer
+from .tokens import Tokens, VirtualReport, activate, check_settings, check_tokens, decoder_of, first_ids, require_free
 from .virtual import VirtualTokens, prepared, recorded
 
 INITS = ("vocabulary", "random", "text")
@@ -170,6 +170,7 @@ def add_prefix(
     elif options:
         raise TypeError(f"give either config or its fields, not both: got {', '.join(options)} too")
     require_free(model, name)
+    Configs(decoder_of(model)).check()
     decoder, virtual = prepared(model)
     layers = attention_layers(model, decoder, first_ids(config, decoder))
     prefix = prefix_for(decoder, layers, config)
