@@ -76,7 +76,7 @@ def make_rows(
     pieces, report = _pieces(examples, seq_len, name)
     train, held_out = pieces.divide(val_fraction)
     rows = _lay_out(examples, train, seq_len, packing)
-    return rows, _lay_out(examples, held_out, seq_len, packing), _finish(report, rows)
+    return rows, _lay_out(examples, held_out, seq_len, packing), _finish(report, rows, int(train.length.sum()))
 
 
 def pack(examples: Examples, seq_len: int, packing: str = "stream", name: str = "data") -> tuple[Rows, DataReport]:
@@ -87,7 +87,7 @@ def pack(examples: Examples, seq_len: int, packing: str = "stream", name: str = 
             first input of the next, so every token but the first is predicted once. Documents of a row see each other.
         "documents": whole documents, as many as fit into a row, which do not see each other: attention is causal within
             each, positions restart. A document's first token has nothing before it and is not predicted.
-        "none": one document a row, padded at the right.
+        "none": one document a row, padded at the right to the longest.
 
     A text longer than a row goes on in the next as a document of its own, its first token being the one before's last
     target. A conversation, or a prompt with its answer, is cut to a row from its end. Rows in which nothing is
@@ -104,7 +104,7 @@ def pack(examples: Examples, seq_len: int, packing: str = "stream", name: str = 
         return _pack_stream(examples, seq_len, name)
     pieces, report = _pieces(examples, seq_len, name)
     rows = _lay_out(examples, pieces, seq_len, packing)
-    return rows, _finish(report, rows)
+    return rows, _finish(report, rows, int(pieces.length.sum()))
 
 
 def split(rows: Rows, val_fraction: float) -> tuple[Rows, Rows | None]:
@@ -141,13 +141,12 @@ def _pack_stream(examples: Examples, seq_len: int, name: str) -> tuple[Rows, Dat
     rows = Rows(ids, targets)
     left_over = tokens - 1 - ids.numel()
     report = DataReport(len(examples), tokens, 0, 0, dropped=examples.dropped, left_over=left_over)
-    return rows, _finish(report, rows)
+    return rows, _finish(report, rows, rows.ids.numel())
 
 
-def _finish(report: DataReport, rows: Rows) -> DataReport:
-    """With what is known of the finished rows."""
-    empty = 0 if rows.documents is None else int((rows.documents == PADDING).sum())
-    known = {"rows": len(rows), "predicted": int(rows.counted.sum()), "padding": empty / rows.ids.numel()}
+def _finish(report: DataReport, rows: Rows, filled: int) -> DataReport:
+    """With what is known of the finished rows, in which `filled` places hold a token."""
+    known = {"rows": len(rows), "predicted": int(rows.counted.sum()), "padding": 1 - filled / rows.ids.numel()}
     return DataReport(**{**asdict(report), **known})
 
 
@@ -194,6 +193,8 @@ def _pieces(examples: Examples, seq_len: int, name: str) -> tuple[_Pieces, DataR
 def _lay_out(examples: Examples, pieces: _Pieces, seq_len: int, packing: str) -> Rows:
     """The pieces in their rows, in the order in which they come in the data."""
     count = len(pieces.start)
+    if packing == "none":
+        seq_len = int(pieces.length.max())
     members = best_fit(pieces.length.tolist(), seq_len) if packing == "documents" else [[i] for i in range(count)]
     order = torch.tensor([piece for row in members for piece in row])
     sizes = torch.tensor([len(row) for row in members])
@@ -214,9 +215,12 @@ def _lay_out(examples: Examples, pieces: _Pieces, seq_len: int, packing: str) ->
         return rows.view(len(members), seq_len)
 
     targets = examples.ids[source + 1].where(examples.predicted[source + 1], IGNORE)
+    ids, targets = laid_out(examples.ids[source], 0), laid_out(targets, IGNORE)
+    if len(members) == count:
+        return Rows(ids, targets)
     return Rows(
-        laid_out(examples.ids[source], 0),
-        laid_out(targets, IGNORE),
+        ids,
+        targets,
         laid_out(position, 0),
         laid_out(document.repeat_interleave(length), PADDING),
     )
