@@ -95,11 +95,52 @@ def test_finetune_then_eval_and_generate_with_the_adapter(
     assert len(sampled) == 2
 
 
+@pytest.mark.parametrize("method", ["dora", "bottleneck", "prefix", "prompt"])
+def test_every_method_trains_from_the_command_line_and_its_adapter_loads(
+    method: str, model_dir: Path, text: Path, tmp_path: Path
+) -> None:
+    nybble.quantize(model_dir, tmp_path / "nf4")
+    rate = {"prefix": 0.1, "prompt": 0.1}.get(method, 0.01)
+    options = ("--method", method, "--steps", 30, "--batch-size", 4, "--seq-len", 32, "--lr", rate, "--no-plot")
+    call("finetune", tmp_path / "nf4", text, tmp_path / "out", *options, "--gradient-checkpointing")
+    before = call("eval", tmp_path / "nf4", "--text", text, "--window", 64)
+    after = call("eval", tmp_path / "nf4", "--text", text, "--window", 64, "--adapter", tmp_path / "out" / "adapter")
+    assert found_perplexity(after) < 0.9 * found_perplexity(before)
+
+
+def test_full_fine_tuning_leaves_a_model(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    options = ("--method", "full", "--steps", 20, "--batch-size", 4, "--seq-len", 32, "--lr", 0.003, "--no-plot")
+    before = {p.name: p.read_bytes() for p in model_dir.iterdir()}
+    call("finetune", model_dir, text, tmp_path / "out", *options, "--optimizer", "adamw8bit")
+    assert {p.name: p.read_bytes() for p in model_dir.iterdir()} == before
+    tuned = call("eval", tmp_path / "out" / "adapter", "--text", text, "--window", 64)
+    assert found_perplexity(tuned) < 0.5 * found_perplexity(call("eval", model_dir, "--text", text, "--window", 64))
+    nybble.quantize(model_dir, tmp_path / "nf4")
+    with pytest.raises(ValueError, match="layers are quantized and cannot be trained in full"):
+        call("finetune", tmp_path / "nf4", text, tmp_path / "other", *options)
+
+
+def test_an_interrupted_run_goes_on_with_the_same_command(model_dir: Path, text: Path, tmp_path: Path) -> None:
+    arguments = [str(a) for a in (model_dir, text, tmp_path / "out", "--steps", 400, "--seq-len", 32, "--no-plot")]
+    command = [sys.executable, "-m", "nybble.cli.app", "finetune", *arguments, "--save-every", "5", "-b", "1"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    while not list((tmp_path / "out").glob("checkpoints/*/state.json")):
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    summary = call("finetune", *arguments, "--save-every", 100, "-b", 1)
+    assert "went on after step" in summary
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
 @pytest.mark.parametrize(
     "arguments, error, message",
     [
         (["--rank", "0"], ValueError, "r is 0"),
-        (["--method", "magic"], ValueError, "method must be 'lora', got 'magic'"),
+        (["--method", "magic"], ValueError, "method must be one of lora, .*full, got 'magic'"),
+        (["--method", "prefix", "--rank", "4"], ValueError, "rank is an option of lora, dora, not of prefix"),
+        (["--packing", "tight"], ValueError, "packing must be 'stream', 'documents' or 'none', got 'tight'"),
+        (["--keep-best", "--seq-len", "32"], ValueError, "need held-out data"),
         (["--dtype", "fp8"], ValueError, "dtype must be 'bf16' or 'fp32'"),
         (["--seq-len", "129"], ValueError, r"seq_len=129 .*max_position_embeddings=128"),
         (["--target", "no_such_layer"], ValueError, "no_such_layer"),
