@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from tiny import TEXT, ByteTokenizer, llama
 from torch import Tensor, nn
 
+from nybble import PrefixConfig, PromptConfig, add_prefix, add_prompt
 from nybble.training.data import IGNORE, PADDING, Batch, Examples, Rows, make_examples, make_rows, pack
 from nybble.training.data.packing import best_fit
 from nybble.training.loss import CausalLoss
@@ -230,6 +231,19 @@ def test_documents_of_a_row_are_as_alone_in_models_of_every_kind(name: str) -> N
     packed = pack(examples, 32, "documents")[0]
     assert packed.documents is not None and packed.documents.max() >= 1
     alone = pack(examples, 32, "none")[0]
+    assert_equal_to_rounding(
+        loss_and_gradients(model, [packed.take(range(len(packed)))]),
+        loss_and_gradients(model, [alone.take([i]) for i in range(len(alone))]),
+    )
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("add", [lambda m: add_prefix(m, PrefixConfig(3)), lambda m: add_prompt(m, PromptConfig(3))])
+def test_virtual_tokens_are_before_every_document_of_a_row(add: Any, attention: str) -> None:
+    model, examples = llama(attn_implementation=attention), from_bytes([13, 9, 20, 5, 12])
+    add(model)
+    model.requires_grad_(True)
+    packed, alone = pack(examples, 32, "documents")[0], pack(examples, 32, "none")[0]
     assert_equal_to_rounding(
         loss_and_gradients(model, [packed.take(range(len(packed)))]),
         loss_and_gradients(model, [alone.take([i]) for i in range(len(alone))]),

@@ -73,9 +73,10 @@ class DocumentAttention:
         """The mask as the model's attention takes it."""
         mask = document_mask(documents, window)
         attention = getattr(self.config, "_attn_implementation", None) or "sdpa"
-        if attention == "sdpa":
+        kind = attention.removeprefix("nybble_")  # a prefix's attention takes what the one under it takes
+        if kind == "sdpa":
             return mask
-        if attention == "eager":
+        if kind == "eager":
             return torch.zeros_like(mask, dtype=torch.float32).masked_fill_(~mask, torch.finfo(torch.float32).min)
         raise ValueError(
             f"{self._name} runs with attn_implementation={attention!r}, which takes no mask of documents; load it with "
