@@ -281,13 +281,11 @@ class LoRALinear(Adapted):
 
     def _base_squares(self) -> Tensor:
         """||w||^2 of the base's rows, fp32; kept for as long as the weight is the very same one."""
-        weight = self.base.weight
-        kept = self.__dict__.get("_kept_squares")
-        if kept is not None and kept[0] is weight and kept[1] == weight._version:
+        weight, kept = self.base.weight, self.__dict__.get("_kept_squares")
+        known = kept is not None and kept[0] is weight and kept[2].device == weight.device
+        if known and (torch.compiler.is_compiling() or kept[1] == weight._version):
             return kept[2]
-        with torch.no_grad():
-            whole = self.base.dequantize() if isinstance(self.base, QuantLinear) else weight.detach()
-            squares = torch.linalg.vector_norm(whole, dim=1, dtype=torch.float32).square_()
+        squares = _squares(self.base)
         if not torch.compiler.is_compiling():
             self.__dict__["_kept_squares"] = weight, weight._version, squares
         return squares
@@ -377,3 +375,11 @@ class LoRALinear(Adapted):
             else:
                 gains.append(magnitude.float() / self._norms(adapters[name]))
         return torch.stack(gains)[self._numbers(groups, device)]
+
+
+@torch.compiler.assume_constant_result
+@torch.no_grad()
+def _squares(base: QuantLinear | nn.Linear) -> Tensor:
+    """||w||^2 of the rows, fp32; a constant in a compiled graph, as the base is frozen."""
+    whole = base.dequantize() if isinstance(base, QuantLinear) else base.weight.detach()
+    return torch.linalg.vector_norm(whole, dim=1, dtype=torch.float32).square_()
