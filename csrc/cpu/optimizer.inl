@@ -51,7 +51,7 @@ static inline F32 to_bf16_stochastically(F32 v, uint64_t key, int64_t index) {
     uint32_t x = (first + i) ^ key_low;
     x = (x ^ (x >> 16)) * 0x7FEB352DU + key_high;
     x = (x ^ (x >> 15)) * 0x846CA68BU;
-    const uint32_t random = (x ^ (x >> 16)) >> 16;
+    const uint32_t random = ((x ^ (x >> 16)) * 0x7FEB352DU) >> 16;
     const bool finite = (bits[i] & kInfinity) != kInfinity;
     bits[i] = finite ? (bits[i] + random) & 0xFFFF0000U : bits[i];
   }

@@ -13,7 +13,7 @@ from .. import reference, reference_optim
 from ..backends import cpu_optim
 from ..errors import LayoutError, UnsupportedDtypeError
 from ..formats import check_block_size
-from ..reference_optim import AdamWRule, adamw_rule
+from ..reference_optim import AdamWRule, adamw_rule, rounding_key
 
 #: Smaller parameters keep fp32 moments also with bits=8 (bitsandbytes' limit). They are the norms' weights and the
 #: biases, whose elements act on every token: 8 bits would save next to nothing and cost precision where it tells most.
@@ -21,7 +21,6 @@ MIN_8BIT_SIZE = 4096
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _SCALES = ("exp_avg_absmax", "exp_avg_sq_absmax")
-_64_BITS = (1 << 64) - 1
 
 
 class AdamW(torch.optim.Optimizer):
@@ -156,7 +155,7 @@ class AdamW(torch.optim.Optimizer):
             )
         key = None
         if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
-            key = _rounding_key(group["seed"], step, number)
+            key = rounding_key(group["seed"], step, number)
         backend = cpu_optim if cpu_optim.supports(param) else reference_optim
         moments = [state[name] for name in _MOMENTS]
         assert param.grad is not None
@@ -257,17 +256,6 @@ def _loaded_state(state: dict[str, Any], param: Tensor, group: dict[str, Any], n
         dtype = torch.uint8 if codes else torch.float32
         loaded[key] = torch.empty(shape, dtype=dtype, device=param.device).copy_(value)
     return loaded
-
-
-def _rounding_key(seed: int, step: int, number: int) -> int:
-    """64 bits that no other step or parameter has: each number is added and mixed (splitmix64's finalizer)."""
-    mixed = 0
-    for part in (seed, step, number):
-        mixed = (mixed + part + 0x9E3779B97F4A7C15) & _64_BITS
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _64_BITS
-        mixed ^= mixed >> 31
-    return mixed
 
 
 def clip_scale(parameters: Iterable[Tensor], max_norm: float | None) -> tuple[Tensor, float]:
