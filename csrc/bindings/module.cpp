@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -196,6 +197,58 @@ void round_with(Address target, int64_t rows, int64_t cols, Address matrix, Addr
   run(Entry, args);
 }
 
+// In the order of AdamWRule's fields.
+using Rule = std::array<float, 9>;
+
+AdamWArgs adamw_args(Address param, int dtype, Address grad, int grad_dtype, int64_t count, const Rule& rule,
+                     bool stochastic, uint64_t key, int threads) {
+  AdamWArgs args;
+  args.param = pointer<void>(param);
+  args.dtype = static_cast<DType>(dtype);
+  args.grad = pointer<const void>(grad);
+  args.grad_dtype = static_cast<DType>(grad_dtype);
+  args.count = count;
+  args.rule = {rule[0], rule[1], rule[2], rule[3], rule[4], rule[5], rule[6], rule[7], rule[8]};
+  args.stochastic = stochastic;
+  args.key = key;
+  args.threads = threads;
+  return args;
+}
+
+void adamw_32bit(Address param, int dtype, Address grad, int grad_dtype, int64_t count, const Rule& rule,
+                 bool stochastic, uint64_t key, Address m, Address v, int threads) {
+  AdamW32Args args;
+  args.common = adamw_args(param, dtype, grad, grad_dtype, count, rule, stochastic, key, threads);
+  args.m = pointer<float>(m);
+  args.v = pointer<float>(v);
+  run(&KernelTable::adamw_32bit, args);
+}
+
+void adamw_8bit(Address param, int dtype, Address grad, int grad_dtype, int64_t count, const Rule& rule,
+                bool stochastic, uint64_t key, int64_t block_size, Address m_map, Address v_map, Address m, Address v,
+                Address m_absmax, Address v_absmax, int threads) {
+  AdamW8Args args;
+  args.common = adamw_args(param, dtype, grad, grad_dtype, count, rule, stochastic, key, threads);
+  args.block_size = block_size;
+  args.m_map = pointer<const float>(m_map);
+  args.v_map = pointer<const float>(v_map);
+  args.m = pointer<uint8_t>(m);
+  args.v = pointer<uint8_t>(v);
+  args.m_absmax = pointer<float>(m_absmax);
+  args.v_absmax = pointer<float>(v_absmax);
+  run(&KernelTable::adamw_8bit, args);
+}
+
+void sum_of_squares(Address x, int dtype, int64_t count, Address sums, int threads) {
+  SquaresArgs args;
+  args.x = pointer<const void>(x);
+  args.dtype = static_cast<DType>(dtype);
+  args.count = count;
+  args.sums = pointer<double>(sums);
+  args.threads = threads;
+  run(&KernelTable::sum_of_squares, args);
+}
+
 // The addresses and sizes of a weight as one object; whoever calls keeps the tensors alive.
 class WeightHandle {
  public:
@@ -381,6 +434,17 @@ PYBIND11_MODULE(_core, m) {
         py::arg("absmax"), py::arg("threads"));
   m.def("dequantize_int8", &dequantize_int8, py::arg("q"), py::arg("absmax"), py::arg("rows"), py::arg("cols"),
         py::arg("out"), py::arg("dtype"), py::arg("threads"));
+
+  m.def("adamw_32bit", &adamw_32bit, py::arg("param"), py::arg("dtype"), py::arg("grad"), py::arg("grad_dtype"),
+        py::arg("count"), py::arg("rule"), py::arg("stochastic"), py::arg("key"), py::arg("m"), py::arg("v"),
+        py::arg("threads"));
+  m.def("adamw_8bit", &adamw_8bit, py::arg("param"), py::arg("dtype"), py::arg("grad"), py::arg("grad_dtype"),
+        py::arg("count"), py::arg("rule"), py::arg("stochastic"), py::arg("key"), py::arg("block_size"),
+        py::arg("m_map"), py::arg("v_map"), py::arg("m"), py::arg("v"), py::arg("m_absmax"), py::arg("v_absmax"),
+        py::arg("threads"));
+  m.attr("SQUARES_RUN") = kSquaresRun;
+  m.def("sum_of_squares", &sum_of_squares, py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("sums"),
+        py::arg("threads"));
 
   py::class_<WeightHandle>(m, "Weight", "Addresses of a quantized weight; whoever holds it keeps the tensors alive.")
       .def_static("four_bit", &WeightHandle::four_bit, py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),

@@ -30,6 +30,14 @@ Status block_size_ok(int64_t block_size) {
   return valid_block_size(block_size) ? success() : bad_argument("block_size", block_size);
 }
 
+Status check_adamw(const AdamWArgs& args) {
+  return first({in_range(args.count, 0, kMaxElements, "count"), valid_dtype(args.dtype, "dtype"),
+                valid_dtype(args.grad_dtype, "grad.dtype"), non_null(args.param, args.count, "param"),
+                non_null(args.grad, args.count, "grad"),
+                args.stochastic && args.dtype != DType::bf16 ? bad_argument("stochastic", 1) : success(),
+                in_range(args.threads, 1, 4096, "threads")});
+}
+
 }  // namespace
 
 Status check(const Packed4& weight, int64_t count) {
@@ -104,6 +112,25 @@ Status check(const RoundArgs& args) {
     if (args.order[p] < 0 || args.order[p] >= args.cols) return bad_argument("order", args.order[p]);
   }
   return success();
+}
+
+Status check(const AdamW32Args& args) {
+  return first(
+      {check_adamw(args.common), non_null(args.m, args.common.count, "m"), non_null(args.v, args.common.count, "v")});
+}
+
+Status check(const AdamW8Args& args) {
+  const int64_t count = args.common.count;
+  return first({check_adamw(args.common), block_size_ok(args.block_size), non_null(args.m, count, "m"),
+                non_null(args.v, count, "v"), non_null(args.m_absmax, count, "m_absmax"),
+                non_null(args.v_absmax, count, "v_absmax"), non_null(args.m_map, 1, "m_map"),
+                non_null(args.v_map, 1, "v_map")});
+}
+
+Status check(const SquaresArgs& args) {
+  return first({in_range(args.count, 0, kMaxElements, "count"), valid_dtype(args.dtype, "dtype"),
+                non_null(args.x, args.count, "x"), non_null(args.sums, args.count, "sums"),
+                in_range(args.threads, 1, 4096, "threads")});
 }
 
 Status check(const LinearArgs& args) {

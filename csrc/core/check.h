@@ -12,6 +12,9 @@ Status check(const Dequantize8Args& args);
 Status check(const QuantizeRowsArgs& args);
 Status check(const DequantizeRowsArgs& args);
 Status check(const RoundArgs& args);
+Status check(const AdamW32Args& args);
+Status check(const AdamW8Args& args);
+Status check(const SquaresArgs& args);
 Status check(const LinearArgs& args);
 
 }  // namespace nybble

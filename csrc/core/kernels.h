@@ -128,6 +128,67 @@ struct RoundArgs {
   int threads = 1;
 };
 
+// The numbers of one step of AdamW (arXiv 1711.05101), which its caller derives from lr, the betas and the step's
+// number t in double and rounds to fp32. In fp32, every operation rounded by itself:
+//   g = grad * grad_scale
+//   m = beta1 * m + rest1 * g
+//   v = beta2 * v + (rest2 * g) * g
+//   param = param * decay - (step_size * m) / (sqrt(v) * root_scale + eps)
+struct AdamWRule {
+  float grad_scale = 1.0F;
+  float beta1 = 0.9F, rest1 = 0.1F;      // rest1 = 1 - beta1
+  float beta2 = 0.999F, rest2 = 0.001F;  // rest2 = 1 - beta2
+  float decay = 1.0F;                    // 1 - lr * weight_decay
+  float step_size = 0.0F;                // lr / (1 - beta1^t)
+  float root_scale = 1.0F;               // 1 / sqrt(1 - beta2^t)
+  float eps = 1e-8F;
+};
+
+// A flat parameter and its gradient, both contiguous; the parameter is read and written.
+struct AdamWArgs {
+  void* param = nullptr;  // [count]
+  DType dtype = DType::f32;
+  const void* grad = nullptr;  // [count]
+  DType grad_dtype = DType::f32;
+  int64_t count = 0;
+  AdamWRule rule;
+  // bf16 parameters: rounded up or down by a hash of `key` and the element's number, as often up as its distance says.
+  bool stochastic = false;
+  uint64_t key = 0;
+  int threads = 1;
+};
+
+struct AdamW32Args {
+  AdamWArgs common;
+  float* m = nullptr;  // [count], read and written
+  float* v = nullptr;
+};
+
+// Both moments in blocks of 8-bit codes, as quantize_8bit writes them but for one thing: a v above 0 never gets the
+// code of 0, where its element would take a step of m / eps. A block whose new moments are not all finite is left as it
+// was, its part of the parameter too, and the first such block reported; all others are updated.
+struct AdamW8Args {
+  AdamWArgs common;
+  int64_t block_size = 256;
+  const float* m_map = nullptr;  // [256], ascending
+  const float* v_map = nullptr;  // [256], ascending, the first entry 0
+  uint8_t* m = nullptr;          // [count], read and written
+  uint8_t* v = nullptr;
+  float* m_absmax = nullptr;  // [ceil(count / block_size)], read and written
+  float* v_absmax = nullptr;
+};
+
+constexpr int64_t kSquaresRun = 65536;  // elements that share a sum
+
+// Sums of squares, the same bits under every ISA: what a gradient's norm is made of.
+struct SquaresArgs {
+  const void* x = nullptr;  // [count]
+  DType dtype = DType::f32;
+  int64_t count = 0;
+  double* sums = nullptr;  // out [ceil(count / kSquaresRun)]
+  int threads = 1;
+};
+
 struct KernelTable {
   const char* isa;
   bool bf16_dot;  // bf16 activations are multiplied as bf16 pairs with fp32 accumulation
@@ -139,6 +200,9 @@ struct KernelTable {
   Status (*dequantize_int8)(const DequantizeRowsArgs&);
   Status (*round_feedback)(const RoundArgs&);
   Status (*round_descent)(const RoundArgs&);
+  Status (*adamw_32bit)(const AdamW32Args&);
+  Status (*adamw_8bit)(const AdamW8Args&);
+  Status (*sum_of_squares)(const SquaresArgs&);
   Status (*linear_small_m)(const LinearArgs&);
   Status (*linear_panel)(const LinearArgs&);
   Status (*linear_tiles)(const LinearArgs&);      // null where the ISA has no matrix unit; bf16 only

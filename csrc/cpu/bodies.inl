@@ -2,6 +2,7 @@
 // NYBBLE_ISA_NAME names it; NYBBLE_BF16_DOT and NYBBLE_AMX say what it has beyond fp32.
 #include "cpu/codec.inl"
 #include "cpu/rounding.inl"
+#include "cpu/optimizer.inl"
 #include "cpu/linear_panel.inl"
 #include "cpu/linear_int8.inl"
 #include "cpu/linear_small_m.inl"
@@ -21,7 +22,7 @@ constexpr bool kBf16Dot = false;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    NYBBLE_ISA_NAME, kBf16Dot,      quantize_4bit,   dequantize_4bit,  quantize_8bit,
-    dequantize_8bit, quantize_int8, dequantize_int8, round_feedback,   round_descent,
-    linear_small_m,  linear_panel,  linear_tiles,    linear_tiles_few, linear_int8,
+    NYBBLE_ISA_NAME, kBf16Dot,        quantize_4bit,  dequantize_4bit, quantize_8bit,    dequantize_8bit,
+    quantize_int8,   dequantize_int8, round_feedback, round_descent,   adamw_32bit,      adamw_8bit,
+    sum_of_squares,  linear_small_m,  linear_panel,   linear_tiles,    linear_tiles_few, linear_int8,
 };

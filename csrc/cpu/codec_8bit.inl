@@ -1,9 +1,20 @@
 // Quantize to 8 bits: blocks with a 256-entry map, and rows of int8.
 
-struct Quantize8Job {
-  const Quantize8Args* args;
+// Where a code ends and the next begins.
+struct Midpoints {
   alignas(64) float threshold[256];
   alignas(64) float coarse[16];  // every 16th threshold
+};
+
+static void find_midpoints(const float* map, Midpoints* midpoints) {
+  for (int i = 0; i < 255; ++i) midpoints->threshold[i] = (map[i] + map[i + 1]) / 2.0F;
+  midpoints->threshold[255] = float_of(kInfinity);
+  for (int i = 0; i < 16; ++i) midpoints->coarse[i] = midpoints->threshold[16 * i + 15];
+}
+
+struct Quantize8Job {
+  const Quantize8Args* args;
+  Midpoints midpoints;
   int64_t blocks;
   int64_t blocks_per_task;
   Failure* failure;
@@ -21,17 +32,17 @@ static inline I32 nearest(F32 s, const Thresholds& coarse, const float* threshol
 
 template <class T>
 static void quantize_run_8bit(const Quantize8Job& job, const T* x, int64_t count, float reciprocal, uint8_t* codes) {
-  const Thresholds coarse = load_thresholds(job.coarse);
+  const Thresholds coarse = load_thresholds(job.midpoints.coarse);
   const F32 factor = broadcast(reciprocal);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) {
-    store_bytes(codes + i, nearest(clamp_unit(mul(load(x + i), factor)), coarse, job.threshold));
+    store_bytes(codes + i, nearest(clamp_unit(mul(load(x + i), factor)), coarse, job.midpoints.threshold));
   }
   if (i == count) return;
   alignas(64) T tail[kLanes] = {};
   alignas(64) uint8_t tail_codes[kLanes];
   memcpy(static_cast<void*>(tail), x + i, static_cast<size_t>(count - i) * sizeof(T));
-  store_bytes(tail_codes, nearest(clamp_unit(mul(load(tail), factor)), coarse, job.threshold));
+  store_bytes(tail_codes, nearest(clamp_unit(mul(load(tail), factor)), coarse, job.midpoints.threshold));
   memcpy(codes + i, tail_codes, static_cast<size_t>(count - i));
 }
 
@@ -68,9 +79,7 @@ static Status quantize_8bit(const Quantize8Args& args) {
   Failure failure;
   Quantize8Job job;
   job.args = &args;
-  for (int i = 0; i < 255; ++i) job.threshold[i] = (args.map[i] + args.map[i + 1]) / 2.0F;
-  job.threshold[255] = float_of(kInfinity);
-  for (int i = 0; i < 16; ++i) job.coarse[i] = job.threshold[16 * i + 15];
+  find_midpoints(args.map, &job.midpoints);
   job.blocks = divide_up(args.count, args.block_size);
   job.blocks_per_task = blocks_per_task(args.block_size);
   job.failure = &failure;

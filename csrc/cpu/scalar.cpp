@@ -1,4 +1,6 @@
 // Plain C++ for the baseline of whatever architecture this is compiled for.
+#include <math.h>
+
 #include <cstring>
 
 #include "core/half.h"

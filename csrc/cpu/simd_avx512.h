@@ -19,6 +19,7 @@ static inline F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
 static inline F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
 static inline F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
 static inline F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+static inline F32 root(F32 v) { return _mm512_sqrt_ps(v); }  // correctly rounded, as div is
 static inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 static inline F32 clamp_unit(F32 v) {
   return _mm512_max_ps(_mm512_min_ps(v, _mm512_set1_ps(1.0F)), _mm512_set1_ps(-1.0F));

@@ -52,6 +52,19 @@ static inline void pack_ranks(const I32* ranks, const uint8_t* map, uint8_t* pac
   pack_split_ranks(_mm256_packus_epi16(first, second), map, packed);
 }
 
+template <int Shift, bool Signed>
+static inline I32 bucket_codes(F32 v, const uint32_t* entries, uint32_t floor) {
+  const __m256i bits = _mm256_castps_si256(v), magnitude = _mm256_set1_epi32(INT32_MAX);
+  __m256i key = _mm256_max_epi32(_mm256_and_si256(bits, magnitude), _mm256_set1_epi32(static_cast<int>(floor)));
+  if (Signed) key = _mm256_xor_si256(key, _mm256_srli_epi32(_mm256_srai_epi32(bits, 31), 1));
+  const __m256i bucket =
+      _mm256_sub_epi32(_mm256_srli_epi32(key, Shift), _mm256_set1_epi32(static_cast<int>(floor >> Shift)));
+  const __m256i entry = _mm256_i32gather_epi32(reinterpret_cast<const int*>(entries), bucket, 4);
+  const __m256i trailing = _mm256_set1_epi32((1 << Shift) - 1);
+  const __m256i above = _mm256_cmpgt_epi32(_mm256_and_si256(key, trailing), _mm256_and_si256(entry, trailing));
+  return _mm256_sub_epi32(_mm256_srli_epi32(entry, Shift), above);
+}
+
 struct Words {
   __m256i lanes;
 };

@@ -41,6 +41,19 @@ static inline void pack_ranks(const I32* ranks, const uint8_t* map, uint8_t* pac
   _mm_storeu_si128(reinterpret_cast<__m128i*>(packed), _mm_shuffle_epi8(_mm512_cvtepi64_epi16(pairs), order));
 }
 
+// The codes of kLanes numbers, |v| <= 1, by their buckets (see CodeBuckets in optimizer.inl).
+template <int Shift, bool Signed>
+static inline I32 bucket_codes(F32 v, const uint32_t* entries, uint32_t floor) {
+  const __m512i bits = _mm512_castps_si512(v), magnitude = _mm512_set1_epi32(INT32_MAX);
+  __m512i key = _mm512_max_epu32(_mm512_and_si512(bits, magnitude), _mm512_set1_epi32(static_cast<int>(floor)));
+  if (Signed) key = _mm512_mask_xor_epi32(key, _mm512_movepi32_mask(bits), key, magnitude);
+  const __m512i first = _mm512_set1_epi32(static_cast<int>(floor >> Shift));
+  const __m512i entry = _mm512_i32gather_epi32(_mm512_sub_epi32(_mm512_srli_epi32(key, Shift), first), entries, 4);
+  const __m512i trailing = _mm512_set1_epi32((1 << Shift) - 1), code = _mm512_srli_epi32(entry, Shift);
+  const __mmask16 above = _mm512_cmpgt_epu32_mask(_mm512_and_si512(key, trailing), _mm512_and_si512(entry, trailing));
+  return _mm512_mask_add_epi32(code, above, code, _mm512_set1_epi32(1));
+}
+
 // ---- 16-bit floats as integers: their keys, and the ranks of keys ---------------------------------------------------
 
 struct Words {

@@ -52,6 +52,8 @@ static inline void pack_ranks(const I32* ranks, const uint8_t* map, uint8_t* pac
   pack_rank_bytes(narrow_four(ranks), narrow_four(ranks + 4), map, packed);
 }
 
+#include "cpu/simd_buckets_plain.h"
+
 struct Words {
   uint16x8_t lanes;
 };

@@ -28,6 +28,8 @@ static inline void pack_ranks(const I32* ranks, const uint8_t* map, uint8_t* pac
   }
 }
 
+#include "cpu/simd_buckets_plain.h"
+
 struct Words {
   uint16_t lane[32];
 };

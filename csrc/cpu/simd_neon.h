@@ -23,6 +23,7 @@ static inline F32 add(F32 a, F32 b) { return vaddq_f32(a, b); }
 static inline F32 sub(F32 a, F32 b) { return vsubq_f32(a, b); }
 static inline F32 mul(F32 a, F32 b) { return vmulq_f32(a, b); }
 static inline F32 div(F32 a, F32 b) { return vdivq_f32(a, b); }
+static inline F32 root(F32 v) { return vsqrtq_f32(v); }
 static inline F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
 static inline F32 clamp_unit(F32 v) { return vmaxq_f32(vminq_f32(v, vdupq_n_f32(1.0F)), vdupq_n_f32(-1.0F)); }
 static inline float sum(F32 v) { return vaddvq_f32(v); }

@@ -34,6 +34,7 @@ static inline F32 add(F32 a, F32 b) { NYBBLE_LANES(a.lane[i] += b.lane[i]) retur
 static inline F32 sub(F32 a, F32 b) { NYBBLE_LANES(a.lane[i] -= b.lane[i]) return a; }
 static inline F32 mul(F32 a, F32 b) { NYBBLE_LANES(a.lane[i] *= b.lane[i]) return a; }
 static inline F32 div(F32 a, F32 b) { NYBBLE_LANES(a.lane[i] /= b.lane[i]) return a; }
+static inline F32 root(F32 v) { NYBBLE_LANES(v.lane[i] = sqrtf(v.lane[i])) return v; }
 static inline F32 fma(F32 a, F32 b, F32 c) { NYBBLE_LANES(c.lane[i] += a.lane[i] * b.lane[i]) return c; }
 static inline F32 clamp_unit(F32 v) {
   NYBBLE_LANES(v.lane[i] = v.lane[i] > 1.0F ? 1.0F : v.lane[i] < -1.0F ? -1.0F : v.lane[i])

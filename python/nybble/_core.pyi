@@ -1,5 +1,9 @@
 """nybble's compiled core: raw addresses, sizes and thread counts; dtype codes 0 fp32, 1 fp16, 2 bf16."""
 
+from collections.abc import Sequence
+
+SQUARES_RUN: int
+
 class NonFiniteBlock(ValueError): ...
 
 class Weight:
@@ -84,6 +88,38 @@ def round_descent(
     codes: int,
     threads: int,
 ) -> None: ...
+def adamw_32bit(
+    param: int,
+    dtype: int,
+    grad: int,
+    grad_dtype: int,
+    count: int,
+    rule: Sequence[float],
+    stochastic: bool,
+    key: int,
+    m: int,
+    v: int,
+    threads: int,
+) -> None: ...
+def adamw_8bit(
+    param: int,
+    dtype: int,
+    grad: int,
+    grad_dtype: int,
+    count: int,
+    rule: Sequence[float],
+    stochastic: bool,
+    key: int,
+    block_size: int,
+    m_map: int,
+    v_map: int,
+    m: int,
+    v: int,
+    m_absmax: int,
+    v_absmax: int,
+    threads: int,
+) -> None: ...
+def sum_of_squares(x: int, dtype: int, count: int, sums: int, threads: int) -> None: ...
 def linear(
     weight: Weight,
     grad_input: bool,

@@ -129,6 +129,7 @@ struct Run {
 void test_codecs(Run& run);
 void test_searches(Run& run);
 void test_rounding(Run& run);
+void test_optimizer(Run& run);
 void test_linear(Run& run);
 
 }  // namespace nybble::test
