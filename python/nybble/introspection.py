@@ -11,7 +11,8 @@ from torch import nn
 from . import _core, backends
 from .backends.weight import COMPUTES
 from .formats import QuantConfig
-from .nn import LoRALinear, QuantLinear
+from .nn import QuantLinear
+from .nn.adapters import Adapted
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ def explain(
     """Which kernel would run a quantized linear operation, and why.
 
     Args:
-        module_or_shape: a QuantLinear, a LoRALinear over one, or (out_features, in_features).
+        module_or_shape: a QuantLinear, one with adapters around it, or (out_features, in_features).
         m: rows of x, all leading dimensions together. dtype: of x: float32, float16 or bfloat16.
         grad_input: ask about the backward with respect to x instead of the forward.
         format: of the weight, when a shape is given ("nf4" by default). device: likewise ("cpu"). compute: likewise,
@@ -75,9 +76,13 @@ def explain(
     if isinstance(m, bool) or not isinstance(m, int) or m < 0:
         raise ValueError(f"m is {m!r}; it must be an integer, 0 or more")
     if isinstance(module_or_shape, nn.Module):
-        layer = module_or_shape.base if isinstance(module_or_shape, LoRALinear) else module_or_shape
+        layer: nn.Module | None = module_or_shape
+        while isinstance(layer, Adapted):
+            layer = layer.unwrapped()
         if not isinstance(layer, QuantLinear):
-            raise TypeError(f"module is a {type(layer).__name__}; a QuantLinear or a LoRALinear over one is needed")
+            raise TypeError(
+                f"module is a {type(layer).__name__}; a QuantLinear, or a LoRALinear or the like over one, is needed"
+            )
         out_features, in_features = layer.out_features, layer.in_features
         format, device = layer.config.format_name, layer.packed_weight().packed.device
         compute, block_size = layer.config.compute, layer.config.block_size

@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 from checkpoint.conftest import llama
-from nn.test_inject import IDS, Model
+from nn.test_whole_models import IDS, Model
 from torch import Tensor, nn
 from torch.nn import functional
 

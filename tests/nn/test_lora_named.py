@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from nn.layers import linear, quant_linear
-from nn.test_inject import IDS, INNER, Model
+from nn.test_whole_models import IDS, INNER, Model
 from torch import Tensor, nn
 from torch.nn import functional
 

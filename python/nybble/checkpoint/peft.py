@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import CheckpointError
 from ..nn import LoRAEmbedding, LoRALinear
 from ..nn.adapters import DEFAULT, adapter_names, adapters, check_name, require_names, set_adapter, share_selection
 from ..nn.names import adapted_layers as layers_around
@@ -98,10 +99,15 @@ def _chosen(model: nn.Module, name: str | None) -> str:
     return present[0] if active is None else active
 
 
+def _kinds(model: nn.Module, name: str) -> list[str]:
+    """What the model has under a name, as files tell kinds apart: "bottleneck", "lora", "virtual"."""
+    kinds = [kind for info in adapters(model) if info.name == name for kind in info.kinds]
+    return sorted({"virtual" if kind in ("prefix", "prompt") else kind for kind in kinds} - {"copy"})
+
+
 def _parts(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(adapter_config.json's own part, tensors) of an adapter, without its copies of modules."""
-    kinds = [kind for info in adapters(model) if info.name == name for kind in info.kinds]
-    own = sorted({"virtual" if kind in ("prefix", "prompt") else kind for kind in kinds} - {"copy"})
+    own = _kinds(model, name)
     if len(own) > 1:
         raise ValueError(
             f"name: adapter {name!r} is {' and '.join(own)} in one, and a file holds one kind; give each its own name"
@@ -144,12 +150,19 @@ def load_adapter(model: nn.Module, directory: str | os.PathLike[str], name: str 
     """
     check_name(name)
     directory = Path(directory)
-    kind = read_settings(directory)["peft_type"]
-    if kind in PROMPT_TYPES:
+    peft_type = read_settings(directory)["peft_type"]
+    kind = {BOTTLENECK_TYPE: "bottleneck", **dict.fromkeys(PROMPT_TYPES, "virtual")}.get(peft_type, "lora")
+    present = _kinds(model, name)
+    if present not in ([], [kind]):
+        raise CheckpointError(
+            f"{directory}: the model's adapter {name!r} is {' and '.join(present)}, the file's {kind}; give another "
+            "name"
+        )
+    if kind == "virtual":
         from .virtual import load_virtual
 
         load_virtual(model, directory, name)
-    elif kind == BOTTLENECK_TYPE:
+    elif kind == "bottleneck":
         from .bottleneck import load_bottleneck
 
         load_bottleneck(model, directory, name)

@@ -282,9 +282,9 @@ class LoRALinear(Adapted):
     def _base_squares(self) -> Tensor:
         """||w||^2 of the base's rows, fp32; kept for as long as the weight is the very same one."""
         weight, kept = self.base.weight, self.__dict__.get("_kept_squares")
-        known = kept is not None and kept[0] is weight and kept[2].device == weight.device
-        if known and (torch.compiler.is_compiling() or kept[1] == weight._version):
-            return kept[2]
+        held = kept if kept is not None and kept[0] is weight and kept[2].device == weight.device else None
+        if held is not None and (torch.compiler.is_compiling() or held[1] == weight._version):
+            return held[2]  # a compiler cannot read versions
         squares = _squares(self.base)
         if not torch.compiler.is_compiling():
             self.__dict__["_kept_squares"] = weight, weight._version, squares
