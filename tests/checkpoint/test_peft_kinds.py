@@ -21,6 +21,7 @@ from nybble.nn.adapters import adapter_parameters, delete_adapter
 from nybble.nn.virtual import virtual_tokens
 
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 Make = Callable[..., Path]
 
 
@@ -279,3 +280,100 @@ def test_a_prefix_that_does_not_fit(make: Make, tmp_path: Path) -> None:
     ):
         nybble.load_adapter(fresh, tmp_path / "a")
     assert virtual_tokens(fresh) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.skipif(transformers.__version__.startswith("4."), reason="transformers 4: BERT has no attention interface")
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_prefix_of_an_encoder_is_pefts(tmp_path: Path, padded: bool) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.BertConfig(**sizes, vocab_size=64, initializer_range=0.2)
+    ours = transformers.BertModel(config).eval()
+    settings = peft.PrefixTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=3)
+    theirs = peft.get_peft_model(copy.deepcopy(ours), settings).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    nybble.load_adapter(ours, tmp_path / "theirs", name="p")
+    ids, mask = torch.randint(1, 64, (2, 7)), torch.ones(2, 7, dtype=torch.int64)
+    if padded:
+        mask[1, 4:] = 0
+    with torch.no_grad():
+        actual = ours(input_ids=ids, attention_mask=mask).last_hidden_state
+        expected = theirs(input_ids=ids, attention_mask=mask).last_hidden_state
+    assert_close(actual[mask.bool()], expected[mask.bool()])
+
+
+def test_virtual_tokens_by_name_and_of_a_network(make: Make, tmp_path: Path, token_ids: torch.Tensor) -> None:
+    model = nybble.load(make(dtype=torch.float32))
+    expected = {}
+    for name, add, options in (
+        ("network", add_prefix, {"projection": True, "projection_size": 6}),
+        ("prefix", add_prefix, {}),
+        ("prompt", add_prompt, {}),
+    ):
+        add(model, name=name, tokens=3, **options)
+        expected[name] = logits(model, token_ids)
+        nybble.save_adapter(model, tmp_path / name, name=name)
+        settings = json.loads((tmp_path / name / "adapter_config.json").read_text())
+        assert settings["num_virtual_tokens"] == 3 and settings.get("prefix_projection", False) is False
+    fresh = nybble.load(make("fresh", dtype=torch.float32))
+    for name in expected:
+        nybble.load_adapter(fresh, tmp_path / name, name=name)
+    for name, values in expected.items():
+        nybble.set_adapter(fresh, name)
+        assert_close(logits(fresh, token_ids), values)
+    randomize(fresh)
+    for name in ("prefix", "prompt"):  # into those that are there
+        nybble.load_adapter(fresh, tmp_path / name, name=name)
+        assert_close(logits(fresh, token_ids), expected[name])
+    with pytest.raises(
+        CheckpointError, match=r"adapter 'network' is a prefix of 3 virtual tokens computed by a network"
+    ):
+        nybble.load_adapter(model, tmp_path / "prefix", name="network")
+    with pytest.raises(
+        CheckpointError, match=r"adapter 'prompt' is a prompt of 3 virtual tokens, the file's is PREFIX"
+    ):
+        nybble.load_adapter(model, tmp_path / "prefix", name="prompt")
+    nybble.set_adapter(model, "prefix")
+    assert torch.equal(logits(model, token_ids), expected["prefix"])  # nothing changed
+
+
+@pytest.mark.parametrize(
+    ("add", "reason"),
+    [
+        (add_prefix, "a prefix is keys and values beside those of the text, and no change of a weight"),
+        (add_prompt, "a prompt is embeddings before those of the text, and no change of a weight"),
+    ],
+)
+def test_merging_virtual_tokens_is_refused_with_the_reason(
+    make: Make, tmp_path: Path, add: Callable[..., Any], reason: str
+) -> None:
+    base = make(dtype=torch.float32)
+    model = nybble.load(base)
+    add(model, tokens=2)
+    nybble.save_adapter(model, tmp_path / "a")
+    with pytest.raises(CheckpointError, match=reason):
+        nybble.merge(base, tmp_path / "a", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_virtual_tokens": "3"}, "num_virtual_tokens = '3', a positive integer is needed"),
+        ({"num_virtual_tokens": 4}, r"the model wants floats \[4, 64\]"),
+        ({"num_transformer_submodules": 2}, "num_transformer_submodules must be 1"),
+        ({"peft_type": "PREFIX_TUNING"}, r"the model wants floats \[3, 128\]"),
+    ],
+)
+def test_damaged_prompts_are_named(make: Make, tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+    model = nybble.load(make(dtype=torch.float32))
+    add_prompt(model, tokens=3)
+    nybble.save_adapter(model, tmp_path / "a")
+    path = tmp_path / "a" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **settings}))
+    fresh = nybble.load(make("fresh", dtype=torch.float32))
+    trains = [parameter.requires_grad for parameter in fresh.parameters()]
+    with pytest.raises(CheckpointError, match=message):
+        nybble.load_adapter(fresh, tmp_path / "a")
+    assert virtual_tokens(fresh) is None and [p.requires_grad for p in fresh.parameters()] == trains

@@ -233,7 +233,9 @@ def test_rows_of_a_batch_through_their_own(kind: str) -> None:
             (alone.sin().sum() / mixed.numel()).backward()
         for path, grad in gradients(model, name).items():
             assert_near(together[name][path], grad, 1e-4)
-    with pytest.raises(ValueError, match="adapters were chosen for 6 rows"):
+    delete_adapter(model, "c")
+    set_adapter(model, ["a", "b", None])
+    with pytest.raises(ValueError, match=r"BottleneckAdapter: its input has shape .* chosen for 3 rows"):
         output(model, tokens[:2])
 
 
@@ -286,6 +288,17 @@ def test_gradient_checkpointing_gives_the_same_gradients(base: str) -> None:
     output(model, ids(), use_cache=False).sin().mean().backward()
     for path, grad in gradients(model, "default").items():
         assert torch.equal(grad, expected[path])
+
+
+def test_recomputing_with_another_adapter_is_refused() -> None:
+    model = build("llama").train()
+    add_bottleneck(model, size=8, name="a")
+    add_bottleneck(model, size=8, name="b")
+    checkpointing(model)
+    loss = output(model, ids(), use_cache=False).sum()
+    set_adapter(model, "a")
+    with pytest.raises(RuntimeError, match="adapters were changed between forward"):
+        loss.backward()
 
 
 @pytest.mark.parametrize("base", BASES)

@@ -271,6 +271,21 @@ def test_autocast_and_bf16(method: str) -> None:
     output(model, ids()).float().sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore")
+@each_method
+def test_compiles_in_one_graph(method: str) -> None:
+    model = adapted(method)
+    expected = output(model, ids())
+    expected.sin().sum().backward()
+    expected_gradients = gradients(model, "default")
+    compiled = torch.compile(model.forward, backend="aot_eager", fullgraph=True)
+    actual = compiled(input_ids=ids(), use_cache=False).logits
+    assert_near(actual, expected)
+    actual.sin().sum().backward()
+    for path, grad in gradients(model, "default").items():
+        assert_near(grad, expected_gradients[path], 1e-4)
+
+
 # ---- masks, caches, packing ------------------------------------------------------------------------------------------
 
 
@@ -310,6 +325,36 @@ def test_generation_with_a_cache_is_that_without(method: str, padded: bool, impl
     assert torch.equal(
         beams, model.generate(input_ids=tokens, attention_mask=mask, num_beams=3, use_cache=False, **options)
     )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@each_method
+def test_a_text_in_pieces_with_a_cache(method: str, masked: bool) -> None:
+    # Without position_ids, which `generate` always gives.
+    model = adapted(method)
+    METHODS[method](model, tokens=2, name="short")
+    tokens = ids(3)
+    for which in ("default", ["short", None, "default"]):
+        set_adapter(model, which)
+        expected = output(model, tokens)
+        first = model(input_ids=tokens[:, :5], use_cache=True)
+        parts, cache = [first.logits], first.past_key_values
+        for begin, end in ((5, 8), (8, 9)):
+            inputs = {"attention_mask": torch.ones(3, end, dtype=torch.int64)} if masked else {}
+            parts.append(model(input_ids=tokens[:, begin:end], past_key_values=cache, use_cache=True, **inputs).logits)
+        assert_near(torch.cat(parts, 1), expected)
+
+
+@each_method
+def test_positions_that_restart_are_documents_only_without_a_cache(method: str) -> None:
+    # That is transformers' rule: with a cache, restarting positions mean nothing else.
+    model = build("llama")
+    _, positions = packed((4, 5))
+    text = torch.arange(4)[None]
+    whole = output(model, with_text(ids()), position_ids=torch.cat([text, positions + 4], 1), use_cache=True)
+    METHODS[method](model, tokens=4, text=TEXT)
+    assert_near(output(model, ids(), position_ids=positions, use_cache=True), whole[:, 4:], 1e-5)
+    assert not torch.allclose(output(model, ids(), position_ids=positions, use_cache=False), whole[:, 4:], atol=1e-3)
 
 
 def test_a_cache_of_fixed_size_holds_a_prefix_and_not_a_prompt() -> None:
@@ -440,17 +485,17 @@ def test_rows_of_a_batch_with_their_own(kind: str, checkpointed: bool, implement
 
 def test_rows_generate_and_pack_with_their_own() -> None:
     model = build("llama")
-    for name, add in (("p", add_prefix), ("q", add_prompt)):
-        add(model, tokens=3, name=name)
+    for name, add, count in (("p", add_prefix, 3), ("q", add_prompt, 3), ("r", add_prompt, 2)):
+        add(model, tokens=count, name=name)
         randomize(model, name)
-    which = ["q", None, "p"]
+    which = ["q", None, "p", "r"]
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
-    tokens, mask = ids(3, 6), torch.ones(3, 6, dtype=torch.int64)
+    tokens, mask = ids(4, 6), torch.ones(4, 6, dtype=torch.int64)
     set_adapter(model, which)
     mixed = model.generate(input_ids=tokens, attention_mask=mask, **options)
     pairs, positions = packed((2, 4))
     inputs = {"attention_mask": pairs, "position_ids": positions}
-    rows = output(model, tokens, **{key: value.expand(3, *value.shape[1:]) for key, value in inputs.items()})
+    rows = output(model, tokens, **{key: value.expand(4, *value.shape[1:]) for key, value in inputs.items()})
     without = output(model, tokens, position_ids=positions, use_cache=False)
     for row, name in enumerate(which):
         with use_adapter(model, name):

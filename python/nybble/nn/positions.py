@@ -98,8 +98,6 @@ class Positions:
         given = inputs.get("position_ids")
         positions = self.default(text, inputs.get("attention_mask"), past) if given is None else given
         added = shift[0] if len(set(shift)) == 1 else torch.tensor(shift, device=positions.device)[:, None]
-        if self.style == "ids" and given is None:
-            return positions + added * (positions != self.padding)  # padding keeps its position
         return positions + added
 
     def with_prompt(self, positions: Tensor | None, prefixes: list[int], prompts: list[int]) -> Tensor | None:

@@ -184,14 +184,14 @@ class VirtualTokens(Adapted):
 
     def before(self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The arguments of the decoder's forward, with the prompts that act before the text."""
-        thread = threading.get_ident()
+        thread = _thread()
         self._inserted.pop(thread, None)
         prefix, prompt = self.acts("prefix"), self.acts("prompt")
         if prefix or self._configs is not None:
             self._redirect()
         if not (prefix or prompt):
             return None
-        inputs = {**dict(zip(forward_parameters(decoder), args, strict=False)), **kwargs}
+        inputs = {**dict(zip(forward_parameters(decoder), args, strict=False)), **kwargs} if args else dict(kwargs)
         text = inputs.get("input_ids") if inputs.get("inputs_embeds") is None else inputs["inputs_embeds"]
         if text is None:
             raise ValueError(f"{type(decoder).__name__} with virtual tokens needs input_ids or inputs_embeds")
@@ -267,7 +267,7 @@ class VirtualTokens(Adapted):
 
     def after(self, decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         """The decoder's output without the prompts' tokens."""
-        inserted = self._inserted.pop(threading.get_ident(), 0)
+        inserted = self._inserted.pop(_thread(), 0)
         if not inserted:
             return None
         length = kwargs["inputs_embeds"].shape[1]
@@ -282,6 +282,11 @@ class VirtualTokens(Adapted):
         if getattr(decoder, "pooler", None) is not None:
             stripped = (stripped[0], decoder.pooler(stripped[0]), *stripped[2:])
         return stripped
+
+
+def _thread() -> int:
+    """The thread that runs; compiled code knows of one only."""
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
 
 
 def _stripped(value: Any, inserted: int, length: int) -> Any:
