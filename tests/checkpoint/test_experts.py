@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 import nybble
 from nybble import QuantConfig, QuantTensor
 from nybble.errors import CheckpointError
-from nybble.nn.experts import DecodedOnUse, packed_parameters
 from nybble.nn import count_parameters
+from nybble.nn.experts import DecodedOnUse, packed_parameters
 
 transformers = pytest.importorskip("transformers")
 

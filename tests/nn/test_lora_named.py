@@ -115,6 +115,21 @@ def test_deleting_adapters_gives_the_model_back() -> None:
         nybble.delete_adapter(model, "small")
 
 
+def test_deleting_an_adapter_that_stands_around_itself() -> None:
+    for order in ((0, 1), (1, 0)):
+        model = Model()
+        before = model(IDS)
+        for step in order:
+            if step:
+                add_lora(model, r=2, target="down_proj", name="both")
+            else:
+                nybble.add_bottleneck(model, size=3, target="down_proj", name="both")
+        nybble.delete_adapter(model, "both")
+        assert type(model.blocks[0].mlp["down_proj"]) is nn.Linear
+        assert torch.equal(model(IDS), before)
+        assert model.state_dict().keys() == Model().state_dict().keys()
+
+
 def test_copies_keep_their_adapters_and_choose_by_themselves() -> None:
     model, before = two_adapters()
     nybble.set_adapter(model, "small")
@@ -234,6 +249,23 @@ def test_embeddings_are_targets_by_name() -> None:
     used = layer.adapters["one"].lora_A.grad.any(0)
     assert used.tolist() == [token in IDS[1] for token in range(11)]  # its own row's tokens, no others
     assert add_lora(Model(), r=2).targets == INNER  # all linear layers are no embeddings
+
+
+class Scaled(nn.Embedding):
+    """As Gemma's: the table's rows times a factor."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * 4.0
+
+
+def test_a_target_that_can_have_no_update_is_refused() -> None:
+    model = Model()
+    model.embedding = Scaled(11, 16)
+    with pytest.raises(
+        PatternError, match=r"'embedding' reaches only layers that cannot have an update: .*, a Scaled,"
+    ):
+        add_lora(model, r=2, target=("q_proj", "embedding"))
+    assert not nybble.adapters(model)
 
 
 def test_padding_is_not_trained() -> None:

@@ -275,14 +275,20 @@ def delete_adapter(model: nn.Module, name: str) -> None:
             if not module.adapters:
                 emptied[id(module)] = module.unwrapped()
                 module.removed()
-    for path, module in list(model.named_modules(remove_duplicate=False)):
-        if path and id(module) in emptied:
-            parent, _, child = path.rpartition(".")
-            base = emptied[id(module)]
-            if base is None:
-                delattr(model.get_submodule(parent), child)
-            else:
-                setattr(model.get_submodule(parent), child, base)
+    places = [
+        (parent, child, module)
+        for parent in list(model.modules())
+        for child, module in parent._modules.items()
+        if id(module) in emptied
+    ]
+    for parent, child, module in places:
+        base = module
+        while base is not None and id(base) in emptied:  # one adapter around another
+            base = emptied[id(base)]
+        if base is None:
+            delattr(parent, child)
+        else:
+            setattr(parent, child, base)
 
 
 def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:

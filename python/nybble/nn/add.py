@@ -174,18 +174,32 @@ def _targets(model: nn.Module, config: LoRAConfig) -> list[str]:
     def is_target(name: str, layer: nn.Module) -> bool:
         if type(layer) not in (QuantLinear, nn.Linear, nn.Embedding) or name in direct:
             return False  # its weight is, or may be, read directly, past the update
-        if matches(name, excluded) or any(f"{name}.".startswith(f"{path}.") for path in full):
+        if matches(name, excluded) or _inside(name, full):
             return False
         return (everywhere and name in linears) or matches(name, patterns)
 
     targets = [name for name, layer in {**linears, **tables}.items() if is_target(name, layer)]
     if not targets:
         raise PatternError(f"target {config.target!r} leaves no linear layer of {shown(linears)} (exclude: {excluded})")
+    for pattern in patterns:
+        reached = [
+            name for name in {**linears, **tables} if match_module(name, pattern) and not matches(name, excluded)
+        ]
+        if reached and not any(name in targets or _inside(name, full) for name in reached):
+            kind = type({**linears, **tables}[reached[0]]).__name__
+            raise PatternError(
+                f"target: the pattern {pattern!r} reaches only layers that cannot have an update: {reached[0]}, a "
+                f"{kind}, is of a subclass, or its weight is read directly"
+            )
     embedded = [name for name in targets if name in tables]
     if embedded and config.dora:
         raise ValueError(f"dora: DoRA of an embedding ({embedded[0]}) is not supported; exclude it, or give it its own")
     order = {name: number for number, (name, _, _) in enumerate(base_modules(model))}
     return sorted(targets, key=order.__getitem__)
+
+
+def _inside(name: str, modules: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def modules_in_full(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
