@@ -40,7 +40,12 @@ def parts(quick: bool) -> list[tuple[str, list[str], dict[str, str]]]:
         result += [("forward", ["forward.py", *at, *rows("64 256 1024")], {})]
         result += [(op, [f"{op}.py", *at], {}) for op in ("grad_input", "train", "int8", "fp32", "codec")]
         result += [("avx2", ["fp32.py", "--isa", "avx2", *at], AVX2)]
-    return [*result, ("rounding", ["rounding.py"], {}), ("overhead", ["overhead.py"], {})]
+    return [
+        *result,
+        ("rounding", ["rounding.py"], {}),
+        ("optimizer", ["optimizer.py"], {}),
+        ("overhead", ["overhead.py"], {}),
+    ]
 
 
 def rows(text: str) -> list[str]:

@@ -345,7 +345,7 @@ def test_optimizers_by_name() -> None:
 def test_lion_is_the_packages_or_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     param = nn.Parameter(torch.ones(4))
     monkeypatch.setitem(sys.modules, "lion_pytorch", None)
-    with pytest.raises(ImportError, match="pip install lion-pytorch"):
+    with pytest.raises(ImportError, match=r"pip install 'nybble\[lion\]'"):
         build_optimizer("lion", [param], lr=0.1)
     monkeypatch.delitem(sys.modules, "lion_pytorch")
     lion = pytest.importorskip("lion_pytorch")

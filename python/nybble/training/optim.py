@@ -353,5 +353,5 @@ def build_optimizer(
     try:
         from lion_pytorch import Lion
     except ImportError as error:
-        raise ImportError("optimizer 'lion' needs the package lion-pytorch: pip install lion-pytorch") from error
+        raise ImportError("optimizer 'lion' needs the package lion-pytorch: pip install 'nybble[lion]'") from error
     return Lion(groups, lr=lr, betas=betas, weight_decay=weight_decay)
