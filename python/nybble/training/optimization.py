@@ -11,13 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
-
-try:  # TEMPORARY
-    from .optim import build_optimizer
-except ImportError:
-
-    def build_optimizer(name, groups, **options):
-        return torch.optim.AdamW(groups, **options)
+from .optim import build_optimizer
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
