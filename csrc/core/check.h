@@ -13,5 +13,6 @@ Status check(const QuantizeRowsArgs& args);
 Status check(const DequantizeRowsArgs& args);
 Status check(const RoundArgs& args);
 Status check(const LinearArgs& args);
+Status check(const AttentionArgs& args);
 
 }  // namespace nybble

@@ -3,6 +3,8 @@
 #include "cpu/codec.inl"
 #include "cpu/rounding.inl"
 #include "cpu/linear_panel.inl"
+#include "cpu/exponential.inl"
+#include "cpu/attention.inl"
 #include "cpu/linear_int8.inl"
 #include "cpu/linear_small_m.inl"
 #ifdef NYBBLE_AMX
@@ -21,7 +23,7 @@ constexpr bool kBf16Dot = false;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    NYBBLE_ISA_NAME, kBf16Dot,      quantize_4bit,   dequantize_4bit,  quantize_8bit,
-    dequantize_8bit, quantize_int8, dequantize_int8, round_feedback,   round_descent,
-    linear_small_m,  linear_panel,  linear_tiles,    linear_tiles_few, linear_int8,
+    NYBBLE_ISA_NAME, kBf16Dot,        quantize_4bit,    dequantize_4bit, quantize_8bit,         dequantize_8bit,
+    quantize_int8,   dequantize_int8, round_feedback,   round_descent,   attention_scores_grad, linear_small_m,
+    linear_panel,    linear_tiles,    linear_tiles_few, linear_int8,
 };

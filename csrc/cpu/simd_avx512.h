@@ -23,6 +23,12 @@ static inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 static inline F32 clamp_unit(F32 v) {
   return _mm512_max_ps(_mm512_min_ps(v, _mm512_set1_ps(1.0F)), _mm512_set1_ps(-1.0F));
 }
+// A NaN stays one.
+static inline F32 within(F32 v, float low, float high) {
+  return _mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), v));
+}
+// v * 2^n of integers n from -160 to 128, v from 1/2 to 2; what is below 2^-124 may become 0, and below 2^-150 it does.
+static inline F32 times_power_of_two(F32 v, F32 n) { return _mm512_scalef_ps(v, n); }
 // Pairwise, so that the order is fixed.
 static inline float sum(F32 v) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));

@@ -1,5 +1,7 @@
 """nybble's compiled core: raw addresses, sizes and thread counts; dtype codes 0 fp32, 1 fp16, 2 bf16."""
 
+from collections.abc import Sequence
+
 class NonFiniteBlock(ValueError): ...
 
 class Weight:
@@ -82,6 +84,32 @@ def round_descent(
     block_size: int,
     sweeps: int,
     codes: int,
+    threads: int,
+) -> None: ...
+MAX_HEAD_DEPTH: int
+
+def attention_scores_grad(
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    output: Sequence[int],
+    grad_output: Sequence[int],
+    dtype: int,
+    logsumexp: Sequence[int],
+    mask: Sequence[int],
+    mask_dtype: int,
+    batches: int,
+    heads: int,
+    group: int,
+    rows: int,
+    cols: int,
+    depth: int,
+    value_depth: int,
+    diagonal: int,
+    scale: float,
+    p: int,
+    ds: int,
+    out_dtype: int,
     threads: int,
 ) -> None: ...
 def linear(
