@@ -86,6 +86,7 @@ def round_descent(
     codes: int,
     threads: int,
 ) -> None: ...
+
 MAX_HEAD_DEPTH: int
 
 def attention_scores_grad(

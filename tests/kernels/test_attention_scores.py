@@ -142,9 +142,7 @@ def test_weights_and_gradient_are_the_reference(isa: str, problem: Problem) -> N
 
 
 @given(problem=problems)
-def test_any_number_of_threads_gives_the_same_bits(
-    isa: str, threads: Callable[[int], None], problem: Problem
-) -> None:
+def test_any_number_of_threads_gives_the_same_bits(isa: str, threads: Callable[[int], None], problem: Problem) -> None:
     threads(1)
     p, ds = problem.run()
     for count in (2, 3):

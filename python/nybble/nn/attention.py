@@ -1,7 +1,7 @@
 """Scaled dot product attention on the CPU whose backward pass is fast: torch's forward kernel, another gradient.
 
-torch's own gradient spends nine tenths of its time outside its products. Here they are five products a block of queries,
-of which two (query key^T and grad_output value^T) end in the softmax's gradient before they leave the first-level cache
+torch's own gradient spends nine tenths of its time outside its products. Here there are five products for a block of
+queries: two (query key^T and grad_output value^T) end in the softmax's gradient before they leave the first-level cache
 (`nybble.reference.attention_scores_grad`), and three are torch's batched products (grad_value, grad_query, grad_key).
 
 A block is a few heads by a range of queries whose weights fit a core's cache. Under `is_causal` it ends at the last key
@@ -62,7 +62,7 @@ def attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-    return _Attention.apply(query, key, value, attn_mask, is_causal, scale)  # type: ignore[no-any-return]
+    return _Attention.apply(query, key, value, attn_mask, is_causal, scale)
 
 
 def accelerated(
@@ -112,17 +112,33 @@ class _Attention(torch.autograd.Function):
         )
         ctx.save_for_backward(query, key, value, mask, output, logsumexp)
         ctx.is_causal, ctx.scale = is_causal, scale
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
-    @torch.autograd.function.once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, mask, output, logsumexp = ctx.saved_tensors
-        with torch.autocast("cpu", enabled=False):
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             grads = attention_backward(
                 grad_output, query, key, value, output, logsumexp, mask, ctx.is_causal, ctx.scale
             )
+        if torch.is_grad_enabled():  # create_graph=True
+            grads = _NoSecondDerivative.apply(grad_output, query, key, value, *grads)
         return *grads, None, None, None
+
+
+class _NoSecondDerivative(torch.autograd.Function):
+    """Gradients, tied to what they depend on: without it they would count as constants."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.view_as(x) for x in tensors[4:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError(
+            "nybble.nn.attention has a first derivative only, as torch's flash kernel; for a second one run "
+            "torch.nn.functional.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
+        )
 
 
 def attention_backward(

@@ -41,8 +41,8 @@ def lean_attention() -> Iterator[None]:
     `nybble.nn.attention.attention` does: the outputs are the same, the backward pass takes less time.
 
     transformers' function itself still runs and decides on masks, causality, heads and scaling; only the call of torch
-    inside of it is another. Whatever took its place in `ALL_ATTENTION_FUNCTIONS["sdpa"]` before the context is entered is
-    treated alike, and is there again afterwards. A backward pass may come after the context has ended, but for one that
+    inside of it is another. Whatever took its place in `ALL_ATTENTION_FUNCTIONS["sdpa"]` before the context is treated
+    alike, and is there again afterwards. A backward pass may come after the context has ended, but for one that
     computes layers again (gradient checkpointing): that must find what the forward pass found. Without transformers the
     context does nothing. May be nested.
     """
