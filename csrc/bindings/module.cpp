@@ -249,6 +249,46 @@ void sum_of_squares(Address x, int dtype, int64_t count, Address sums, int threa
   run(&KernelTable::sum_of_squares, args);
 }
 
+// Address, then the strides of batches, heads and rows.
+using Strided = std::array<int64_t, 4>;
+
+AttentionTensor attention_tensor(const Strided& x) {
+  return {pointer<const void>(static_cast<Address>(x[0])), x[1], x[2], x[3]};
+}
+
+// mask_dtype = -1: boolean.
+void attention_scores_grad(const Strided& query, const Strided& key, const Strided& value, const Strided& output,
+                           const Strided& grad_output, int dtype, const Strided& logsumexp, const Strided& mask,
+                           int mask_dtype, int64_t batches, int64_t heads, int64_t group, int64_t rows, int64_t cols,
+                           int64_t depth, int64_t value_depth, int64_t diagonal, float scale, Address p, Address ds,
+                           int out_dtype, int threads) {
+  AttentionArgs args;
+  args.query = attention_tensor(query);
+  args.key = attention_tensor(key);
+  args.value = attention_tensor(value);
+  args.output = attention_tensor(output);
+  args.grad_output = attention_tensor(grad_output);
+  args.dtype = static_cast<DType>(dtype);
+  args.logsumexp = attention_tensor(logsumexp);
+  args.mask = attention_tensor(mask);
+  args.mask_is_boolean = mask_dtype == -1;
+  args.mask_dtype = args.mask_is_boolean ? DType::f32 : static_cast<DType>(mask_dtype);
+  args.batches = batches;
+  args.heads = heads;
+  args.group = group;
+  args.rows = rows;
+  args.cols = cols;
+  args.depth = depth;
+  args.value_depth = value_depth;
+  args.diagonal = diagonal;
+  args.scale = scale;
+  args.p = pointer<void>(p);
+  args.ds = pointer<void>(ds);
+  args.out_dtype = static_cast<DType>(out_dtype);
+  args.threads = threads;
+  run(&KernelTable::attention_scores_grad, args);
+}
+
 // The addresses and sizes of a weight as one object; whoever calls keeps the tensors alive.
 class WeightHandle {
  public:
@@ -445,6 +485,13 @@ PYBIND11_MODULE(_core, m) {
   m.attr("SQUARES_RUN") = kSquaresRun;
   m.def("sum_of_squares", &sum_of_squares, py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("sums"),
         py::arg("threads"));
+
+  m.attr("MAX_HEAD_DEPTH") = kMaxHeadDepth;
+  m.def("attention_scores_grad", &attention_scores_grad, py::arg("query"), py::arg("key"), py::arg("value"),
+        py::arg("output"), py::arg("grad_output"), py::arg("dtype"), py::arg("logsumexp"), py::arg("mask"),
+        py::arg("mask_dtype"), py::arg("batches"), py::arg("heads"), py::arg("group"), py::arg("rows"), py::arg("cols"),
+        py::arg("depth"), py::arg("value_depth"), py::arg("diagonal"), py::arg("scale"), py::arg("p"), py::arg("ds"),
+        py::arg("out_dtype"), py::arg("threads"));
 
   py::class_<WeightHandle>(m, "Weight", "Addresses of a quantized weight; whoever holds it keeps the tensors alive.")
       .def_static("four_bit", &WeightHandle::four_bit, py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),

@@ -159,4 +159,33 @@ Status check(const LinearArgs& args) {
                 args.grad_input && args.bias != nullptr ? bad_argument("bias", 1) : success()});
 }
 
+Status check(const AttentionArgs& args) {
+  const Status sizes = first(
+      {in_range(args.batches, 0, kMaxElements, "batches"), in_range(args.heads, 0, kMaxElements, "heads"),
+       in_range(args.rows, 0, kMaxElements, "rows"), in_range(args.cols, 0, kMaxElements, "cols"),
+       in_range(args.depth, 1, kMaxHeadDepth, "depth"), in_range(args.value_depth, 1, kMaxHeadDepth, "value_depth"),
+       in_range(args.group, 1, larger(args.heads, 1), "group"), valid_dtype(args.dtype, "dtype"),
+       valid_dtype(args.mask_dtype, "mask.dtype"), valid_dtype(args.out_dtype, "out.dtype"),
+       in_range(args.diagonal, -kMaxElements, kMaxElements, "diagonal"), in_range(args.threads, 1, 4096, "threads")});
+  if (!sizes.ok()) return sizes;
+  if (args.heads % args.group != 0) return bad_argument("group", args.group);
+  int64_t count = 1;
+  for (const int64_t size : {args.batches, args.heads, args.rows, args.cols}) {
+    if (size > 0 && count > kMaxElements / size) return bad_argument("cols", args.cols);
+    count *= size;
+  }
+  const auto strides = [](const AttentionTensor& x, const char* what) {
+    // All but p and ds are only read, so that what lies along a stride may overlap.
+    return first({in_range(x.batch_stride, 0, kMaxElements, what), in_range(x.head_stride, 0, kMaxElements, what),
+                  in_range(x.row_stride, 0, kMaxElements, what)});
+  };
+  const auto tensor = [&](const AttentionTensor& x, const char* what) {
+    return first({non_null(x.data, count, what), strides(x, what)});
+  };
+  return first({tensor(args.query, "query"), tensor(args.key, "key"), tensor(args.value, "value"),
+                tensor(args.output, "output"), tensor(args.grad_output, "grad_output"),
+                tensor(args.logsumexp, "logsumexp"), strides(args.mask, "mask"), non_null(args.p, count, "p"),
+                non_null(args.ds, count, "ds")});
+}
+
 }  // namespace nybble

@@ -16,5 +16,6 @@ Status check(const AdamW32Args& args);
 Status check(const AdamW8Args& args);
 Status check(const SquaresArgs& args);
 Status check(const LinearArgs& args);
+Status check(const AttentionArgs& args);
 
 }  // namespace nybble

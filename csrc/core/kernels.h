@@ -189,6 +189,46 @@ struct SquaresArgs {
   int threads = 1;
 };
 
+// A tensor [batches, heads, rows, columns], its columns contiguous; strides in elements.
+struct AttentionTensor {
+  const void* data = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  int64_t row_stride = 0;
+};
+
+constexpr int64_t kMaxHeadDepth = 512;
+
+// For the backward pass of scaled dot product attention: of a block of queries the weights p and the gradient ds of
+// q . k, from which come grad_value = p^T grad_output, grad_query = ds key and grad_key = ds^T query.
+//   p  = exp(scale q . k + mask - logsumexp), 0 where a key is masked or logsumexp is -infinity
+//   ds = p (grad_output . v - output . grad_output) scale
+struct AttentionArgs {
+  AttentionTensor query;        // [batches, heads, rows, depth]
+  AttentionTensor key;          // [batches, heads / group, cols, depth]
+  AttentionTensor value;        // [batches, heads / group, cols, value_depth]
+  AttentionTensor output;       // [batches, heads, rows, value_depth]
+  AttentionTensor grad_output;  // [batches, heads, rows, value_depth]
+  AttentionTensor logsumexp;    // [batches, heads, rows], fp32
+  AttentionTensor mask;         // [batches, heads, rows, cols], added, or one byte: 0 hides a key; null: none
+  DType dtype = DType::f32;     // of the first five
+  DType mask_dtype = DType::f32;
+  bool mask_is_boolean = false;
+  int64_t batches = 0;
+  int64_t heads = 0;
+  int64_t group = 1;  // heads that share a key and a value
+  int64_t rows = 0;
+  int64_t cols = 0;
+  int64_t depth = 0;
+  int64_t value_depth = 0;
+  int64_t diagonal = 0;  // row r sees columns j <= r + diagonal; cols or more: all
+  float scale = 1.0F;
+  void* p = nullptr;   // out [batches, heads, rows, cols], contiguous
+  void* ds = nullptr;  // likewise
+  DType out_dtype = DType::f32;
+  int threads = 1;
+};
+
 struct KernelTable {
   const char* isa;
   bool bf16_dot;  // bf16 activations are multiplied as bf16 pairs with fp32 accumulation
@@ -203,6 +243,7 @@ struct KernelTable {
   Status (*adamw_32bit)(const AdamW32Args&);
   Status (*adamw_8bit)(const AdamW8Args&);
   Status (*sum_of_squares)(const SquaresArgs&);
+  Status (*attention_scores_grad)(const AttentionArgs&);
   Status (*linear_small_m)(const LinearArgs&);
   Status (*linear_panel)(const LinearArgs&);
   Status (*linear_tiles)(const LinearArgs&);      // null where the ISA has no matrix unit; bf16 only

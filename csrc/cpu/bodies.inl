@@ -4,6 +4,8 @@
 #include "cpu/rounding.inl"
 #include "cpu/optimizer.inl"
 #include "cpu/linear_panel.inl"
+#include "cpu/exponential.inl"
+#include "cpu/attention.inl"
 #include "cpu/linear_int8.inl"
 #include "cpu/linear_small_m.inl"
 #ifdef NYBBLE_AMX
@@ -22,7 +24,8 @@ constexpr bool kBf16Dot = false;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    NYBBLE_ISA_NAME, kBf16Dot,        quantize_4bit,  dequantize_4bit, quantize_8bit,    dequantize_8bit,
-    quantize_int8,   dequantize_int8, round_feedback, round_descent,   adamw_32bit,      adamw_8bit,
-    sum_of_squares,  linear_small_m,  linear_panel,   linear_tiles,    linear_tiles_few, linear_int8,
+    NYBBLE_ISA_NAME, kBf16Dot,      quantize_4bit,    dequantize_4bit,       quantize_8bit,
+    dequantize_8bit, quantize_int8, dequantize_int8,  round_feedback,        round_descent,
+    adamw_32bit,     adamw_8bit,    sum_of_squares,   attention_scores_grad, linear_small_m,
+    linear_panel,    linear_tiles,  linear_tiles_few, linear_int8,
 };

@@ -24,6 +24,16 @@ static inline F32 fma(F32 a, F32 b, F32 c) { return _mm256_fmadd_ps(a, b, c); }
 static inline F32 clamp_unit(F32 v) {
   return _mm256_max_ps(_mm256_min_ps(v, _mm256_set1_ps(1.0F)), _mm256_set1_ps(-1.0F));
 }
+static inline F32 within(F32 v, float low, float high) {
+  return _mm256_max_ps(_mm256_set1_ps(low), _mm256_min_ps(_mm256_set1_ps(high), v));
+}
+// By 2^(n - 1), which is finite for every n, and by 2.
+static inline F32 times_power_of_two(F32 v, F32 n) {
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(126));
+  const __m256i power = _mm256_slli_epi32(_mm256_max_epi32(exponent, _mm256_setzero_si256()), 23);
+  const __m256 half = _mm256_mul_ps(v, _mm256_castsi256_ps(power));
+  return _mm256_add_ps(half, half);
+}
 static inline float sum(F32 v) {
   const __m128 quarter = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 pair = _mm_add_ps(quarter, _mm_movehl_ps(quarter, quarter));

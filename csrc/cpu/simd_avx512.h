@@ -24,6 +24,12 @@ static inline F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
 static inline F32 clamp_unit(F32 v) {
   return _mm512_max_ps(_mm512_min_ps(v, _mm512_set1_ps(1.0F)), _mm512_set1_ps(-1.0F));
 }
+// A NaN stays one.
+static inline F32 within(F32 v, float low, float high) {
+  return _mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), v));
+}
+// v * 2^n of integers n from -160 to 128, v from 1/2 to 2; what is below 2^-124 may become 0, and below 2^-150 it does.
+static inline F32 times_power_of_two(F32 v, F32 n) { return _mm512_scalef_ps(v, n); }
 // Pairwise, so that the order is fixed.
 static inline float sum(F32 v) {
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
@@ -157,6 +163,11 @@ static inline void transpose(const uint32_t* from, int64_t from_stride, uint32_t
 }
 
 #ifdef NYBBLE_BF16_DOT
+#define NYBBLE_BF16_CONVERT 1
+// As store, in two instructions and not ten, but for denormals, which become 0.
+static inline void store_normal(Bf16* p, F32 v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v)));
+}
 // acc + first * first' + second * second' over the bf16 pairs of every 32-bit lane.
 static inline F32 dot_pairs(F32 acc, uint32_t pair, F32 pairs) {
   return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(pair))),

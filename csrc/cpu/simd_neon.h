@@ -26,6 +26,15 @@ static inline F32 div(F32 a, F32 b) { return vdivq_f32(a, b); }
 static inline F32 root(F32 v) { return vsqrtq_f32(v); }
 static inline F32 fma(F32 a, F32 b, F32 c) { return vfmaq_f32(c, a, b); }
 static inline F32 clamp_unit(F32 v) { return vmaxq_f32(vminq_f32(v, vdupq_n_f32(1.0F)), vdupq_n_f32(-1.0F)); }
+static inline F32 within(F32 v, float low, float high) {
+  return vmaxq_f32(vdupq_n_f32(low), vminq_f32(vdupq_n_f32(high), v));
+}
+// By 2^(n - 1), which is finite for every n, and by 2.
+static inline F32 times_power_of_two(F32 v, F32 n) {
+  const int32x4_t exponent = vmaxq_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(126)), vdupq_n_s32(0));
+  const F32 half = vmulq_f32(v, vreinterpretq_f32_s32(vshlq_n_s32(exponent, 23)));
+  return vaddq_f32(half, half);
+}
 static inline float sum(F32 v) { return vaddvq_f32(v); }
 static NYBBLE_INLINE void prefetch(const void* p) {
 #if defined(_MSC_VER) && !defined(__clang__)

@@ -40,6 +40,20 @@ static inline F32 clamp_unit(F32 v) {
   NYBBLE_LANES(v.lane[i] = v.lane[i] > 1.0F ? 1.0F : v.lane[i] < -1.0F ? -1.0F : v.lane[i])
   return v;
 }
+static inline F32 within(F32 v, float low, float high) {
+  NYBBLE_LANES(v.lane[i] = v.lane[i] > high ? high : v.lane[i] < low ? low : v.lane[i])
+  return v;
+}
+// By 2^(n - 1), which is finite for every n, and by 2. An integer added to 1.5 * 2^23 is in the low bits of the sum,
+// which says something of a NaN too, where a conversion is undefined.
+static inline F32 times_power_of_two(F32 v, F32 n) {
+  for (int i = 0; i < kLanes; ++i) {
+    const uint32_t exponent = bits_of(n.lane[i] + 12582912.0F) - bits_of(12582912.0F) + 126U;
+    v.lane[i] *= float_of(exponent < 255U ? exponent << 23 : 0U);  // a negative one has wrapped round
+    v.lane[i] += v.lane[i];
+  }
+  return v;
+}
 static inline float sum(F32 v) {
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int i = 0; i < width; ++i) v.lane[i] += v.lane[i + width];

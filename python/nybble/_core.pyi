@@ -120,6 +120,33 @@ def adamw_8bit(
     threads: int,
 ) -> None: ...
 def sum_of_squares(x: int, dtype: int, count: int, sums: int, threads: int) -> None: ...
+
+MAX_HEAD_DEPTH: int
+
+def attention_scores_grad(
+    query: Sequence[int],
+    key: Sequence[int],
+    value: Sequence[int],
+    output: Sequence[int],
+    grad_output: Sequence[int],
+    dtype: int,
+    logsumexp: Sequence[int],
+    mask: Sequence[int],
+    mask_dtype: int,
+    batches: int,
+    heads: int,
+    group: int,
+    rows: int,
+    cols: int,
+    depth: int,
+    value_depth: int,
+    diagonal: int,
+    scale: float,
+    p: int,
+    ds: int,
+    out_dtype: int,
+    threads: int,
+) -> None: ...
 def linear(
     weight: Weight,
     grad_input: bool,
