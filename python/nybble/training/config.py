@@ -109,7 +109,7 @@ class TrainConfig:
     )
     tensorboard: bool = field(default=False, metadata=_help("write TensorBoard's files too (needs tensorboard)"))
     fused: bool = field(
-        default=True, metadata=_help("on the CPU, fused kernels for norms, gated MLPs, rotary and attention's gradient")
+        default=True, metadata=_help("on the CPU, attention's gradient by nybble's own kernel (another order of sums)")
     )
     plot: bool = field(default=True, metadata=_help("draw loss.png (needs matplotlib)"))
 
