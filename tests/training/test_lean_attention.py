@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nybble.nn import attention as module
+from nybble.nn import sdpa as module
 from nybble.training.lean_attention import lean_attention
 
 transformers = pytest.importorskip("transformers")
