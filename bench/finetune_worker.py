@@ -73,10 +73,10 @@ class Steps:
 def nybble(job: Job) -> Callable[[Steps], None]:
     """nybble's own loop over its own layers."""
     import torch
+    from transformers import LlamaForCausalLM  # noqa: F401
 
     import nybble
     from nybble.training import loop  # noqa: F401  # imports count as imports
-    from transformers import LlamaForCausalLM  # noqa: F401
 
     def run(steps: Steps) -> None:
         model = nybble.load(job.model) if job.base == "nf4" else nybble.load(job.model, dtype=torch.bfloat16)

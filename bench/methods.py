@@ -7,8 +7,9 @@ glosses   MiniLM on WordNet's glosses: which of 45 classes of meaning does a glo
 mixed     three adapters in one run on SmolLM2, each on a book of its own, beside three runs
 resume    QLoRA runs on SmolLM2 killed with SIGKILL: does the same call come to the same bytes?
 
-Every method runs in a process of its own, so that its memory can be told. Learning rates are the best of those tried
-for each method (`--sweep` tries them again). --wordnet: directory with data.noun of Debian's package wordnet-base.
+Every method runs in a process of its own, so that its memory can be told. Learning rates are usual ones of each
+method, not searched for; `--sweep` tries others beside them. --wordnet: directory with data.noun of Debian's package
+wordnet-base.
 """
 
 from __future__ import annotations

@@ -1,4 +1,7 @@
-"""One method of fine-tuning, measured in a process of its own: python bench/methods_worker.py JOB (JSON of methods.py)."""
+"""One method of fine-tuning, measured in a process of its own.
+
+python bench/methods_worker.py JOB      JOB: JSON, as methods.py writes it
+"""
 
 from __future__ import annotations
 

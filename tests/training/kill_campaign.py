@@ -5,8 +5,8 @@ python tests/training/kill_campaign.py MODEL FOLDER POINTS [OPTIONS]
 MODEL: a checkpoint directory with a tokenizer, or "tiny" for a random Llama over bytes. OPTIONS: JSON, fields of
 TrainConfig. A process that has done nothing but imports forks one child a run. The child counts what it does (forward
 passes, backward passes, optimizer steps, writes, syncs, renames) and kills itself with SIGKILL at the given one. Then
-the same call is made again. Compared with a run that was not interrupted: adapter/, the losses in metrics.jsonl, and the
-last checkpoint, which holds parameters, optimizer state and losses, byte for byte.
+the same call is made again. Compared with a run that was not interrupted: adapter/, the losses in metrics.jsonl, and
+the last checkpoint, which holds parameters, optimizer state and losses, byte for byte.
 """
 
 from __future__ import annotations

@@ -15,7 +15,15 @@ from nybble.nn.adapters import adapter_parameters, set_adapter
 from nybble.training.tasks import MixedTask
 
 CONFIG = TrainConfig(
-    steps=4, batch_size=2, grad_accum=2, seq_len=32, lr=1e-2, warmup_steps=1, dtype="fp32", max_grad_norm=0.5, plot=False
+    steps=4,
+    batch_size=2,
+    grad_accum=2,
+    seq_len=32,
+    lr=1e-2,
+    warmup_steps=1,
+    dtype="fp32",
+    max_grad_norm=0.5,
+    plot=False,
 )
 DATA = {
     "a": torch.tensor(list(TEXT.encode())),

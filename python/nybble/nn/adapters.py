@@ -281,8 +281,8 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         for child, module in parent._modules.items()
         if id(module) in emptied
     ]
-    for parent, child, module in places:
-        base = module
+    for parent, child, emptied_module in places:
+        base: nn.Module | None = emptied_module
         while base is not None and id(base) in emptied:  # one adapter around another
             base = emptied[id(base)]
         if base is None:

@@ -30,7 +30,7 @@ def train_all(model: nn.Module) -> int:
 
 
 def train_only(model: nn.Module, name: str) -> int:
-    """Linear probing: all is frozen but the module of this name, "head" of a TextClassifier; returns the number trained.
+    """Linear probing: all is frozen but the module of this name, "head" of a TextClassifier; returns the number.
 
     Raises:
         ValueError: there is no such module, or it has nothing that can be trained.

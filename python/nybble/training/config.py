@@ -47,7 +47,7 @@ class TrainConfig:
     packing: str = field(
         default="stream",
         metadata=_help(
-            "stream: documents joined and cut into rows; documents: whole ones packed into rows, each sees only itself; "
+            "stream: documents joined and cut into rows; documents: whole ones in a row that do not see each other; "
             "none: one a row, padded"
         ),
     )
@@ -186,7 +186,7 @@ class TrainConfig:
 
 
 def learning_rate(step: int, total_steps: int, config: TrainConfig) -> float:
-    """Learning rate of optimizer step `step` (0 is the first): linear warm-up, then config.schedule to min_lr_ratio * lr.
+    """Learning rate of optimizer step `step`, 0 the first: linear warm-up, then config.schedule to min_lr_ratio * lr.
 
     The last warm-up step has the full rate, the last step of the run has the least one. A warm-up longer than the run
     is cut to the run.

@@ -67,9 +67,9 @@ def finetune(
     on_step: called with (step, loss) after each optimizer step.
 
     With config.out_dir, writes adapter/ (adapter/NAME/ of several), metrics.jsonl and loss.png there, and while it runs
-    checkpoints. A run that was interrupted, by Ctrl-C, a kill or a power cut, goes on where it was when the same call is
-    made again, and comes to the same bits on the same machine with the same number of threads. Ctrl-C ends the run after
-    the step in progress and saves; a second one ends it at once.
+    checkpoints. A run that was interrupted, by Ctrl-C, a kill or a power cut, goes on where it was when the same call
+    is made again, and comes to the same bits on the same machine with the same number of threads. Ctrl-C ends the run
+    after the step in progress and saves; a second one ends it at once.
 
     Raises ValueError for data, config or a model that do not fit together, DestinationExistsError when out_dir is not
     empty and holds no unfinished run of the same settings and data, NonFiniteLossError when the loss or the gradient is
@@ -82,31 +82,31 @@ def finetune(
     _check_results(model, config, save, task)
     total_steps = config.total_steps(task.sequences)
     out, found, notes = _open(model, config, task, parameters)
-
-    report = TrainReport(trainable_parameters=sum(p.numel() for p in parameters.values()))
-    report.metrics_path = None if out is None else out.metrics
-    after = None if found is None else found.step
-    board = out.board if out is not None and config.tensorboard else None
-    metrics = MetricsFile(report.metrics_path, after, board)
-    display = Display(total_steps, config.log_every, enabled=show, console=console)
-    if found is None:
-        metrics.write("config", **config.to_dict(), total_steps=total_steps, sequences=task.sequences)
-    display.say(
-        f"{report.trainable_parameters:,} trainable parameters; {task.sequences:,} sequences of {config.seq_len}; "
-        f"{total_steps:,} steps of {config.sequences_per_step * len(task.groups):,} sequences"
-    )
-    for note in (*told, *notes):
-        display.say(note)
-    run = Run(model, task, config, parameters, Recorder(report, metrics, display, config), out, save)
-    with contextlib.closing(metrics), training_mode(model, config), display:
-        if found is not None:
-            run.restore(found)
-            display.say(f"goes on after step {found.step}")
-        run.train(total_steps, on_step)
-    report.peak_memory_bytes = peak_memory_bytes(next(model.parameters()).device)
-    if out is not None:
-        run.write_results(display)
-    return report
+    with contextlib.nullcontext() if out is None else contextlib.closing(out):
+        report = TrainReport(trainable_parameters=sum(p.numel() for p in parameters.values()))
+        report.metrics_path = None if out is None else out.metrics
+        after = None if found is None else found.step
+        board = out.board if out is not None and config.tensorboard else None
+        metrics = MetricsFile(report.metrics_path, after, board)
+        display = Display(total_steps, config.log_every, enabled=show, console=console)
+        if found is None:
+            metrics.write("config", **config.to_dict(), total_steps=total_steps, sequences=task.sequences)
+        display.say(
+            f"{report.trainable_parameters:,} trainable parameters; {task.sequences:,} sequences of {config.seq_len}; "
+            f"{total_steps:,} steps of {config.sequences_per_step * len(task.groups):,} sequences"
+        )
+        for note in (*told, *notes):
+            display.say(note)
+        run = Run(model, task, config, parameters, Recorder(report, metrics, display, config), out, save)
+        with contextlib.closing(metrics), training_mode(model, config), display:
+            if found is not None:
+                run.restore(found)
+                display.say(f"goes on after step {found.step}")
+            run.train(total_steps, on_step)
+        report.peak_memory_bytes = peak_memory_bytes(next(model.parameters()).device)
+        if out is not None:
+            run.write_results(display)
+        return report
 
 
 class Run:

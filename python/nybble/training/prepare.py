@@ -26,8 +26,8 @@ def make_task(
     if eval_data is not None and config.val_fraction:
         raise ValueError(f"give eval_data or val_fraction, not both: got eval_data and {config.val_fraction}")
     if isinstance(model, TextClassifier):
-        train, held_out = prepare_labelled(model, data, config, tokenizer, eval_data)
-        return ClassificationTask(model, train, held_out, config), [f"{len(train):,} texts of {model.classes} classes"]
+        train, test = prepare_labelled(model, data, config, tokenizer, eval_data)
+        return ClassificationTask(model, train, test, config), [f"{len(train):,} texts of {model.classes} classes"]
     if not isinstance(data, Mapping):
         rows, held_out, report = prepare_rows(model, data, config, tokenizer, eval_data)
         return CausalTask(model, rows, held_out, config), [str(report)]

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.writer import Staging, tensor_bytes
+from ..checkpoint.writer import Staging, full_disk_names, sync_directory, tensor_bytes
 from ..errors import CheckpointError, DestinationExistsError
 from . import state
 
@@ -42,18 +42,36 @@ class RunDirectory:
     """
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        """Raises DestinationExistsError when the directory holds anything but this very run, unfinished."""
+        """To be closed.
+
+        Raises DestinationExistsError when the directory holds anything but this very run, unfinished and not under way
+        in another process, or a run that has left nothing yet.
+        """
         self.path = path
+        self._lock: int | None = None
         self.found: state.Snapshot | None = None
         self.damaged: list[str] = []
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            self._take_up(identity)
-        else:
-            path.mkdir(parents=True, exist_ok=True)
-        if self.found is None:
-            with Staging(path) as staging:
-                staging.write(RUN, (json.dumps(identity, indent=2) + "\n").encode())
-                staging.commit()
+        if not path.exists():
+            path.mkdir(parents=True)
+        try:
+            if path.is_dir():
+                self._lock = _locked(path)
+                self._clean()
+            if not path.is_dir() or any(path.iterdir()):
+                self._take_up(identity)
+            if self.found is None:
+                with Staging(path) as staging:
+                    staging.write(RUN, (json.dumps(identity, indent=2) + "\n").encode())
+                    staging.commit()
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Another process may use the directory from now on."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _take_up(self, identity: dict[str, Any]) -> None:
         run = self.path / RUN
@@ -67,6 +85,9 @@ class RunDirectory:
         except ValueError as error:
             raise CheckpointError(f"{run}: is damaged; remove {self.path} to begin anew") from error
         differences = list(_differences(before, identity))
+        left = (self.path / ADAPTER, self.path / BEST, *self.checkpoints.glob(f"*/{state.FACTS}"))
+        if differences and not any(path.exists() for path in left):
+            return  # it came to nothing, and is what one has after a mistake in the settings
         if differences:
             raise DestinationExistsError(
                 f"out_dir {self.path} holds an unfinished run that is not this one: {'; '.join(differences[:4])}. "
@@ -75,6 +96,21 @@ class RunDirectory:
         state.clean(self.path / CHECKPOINTS)
         found = state.load(self.path / CHECKPOINTS)
         self.found, self.damaged = found.snapshot, found.damaged
+
+    def _clean(self) -> None:
+        """Remove what a killed process was writing; put back what it was about to replace."""
+        for name in (ADAPTER, BEST):
+            old = self.path / f".{name}.old"
+            if old.is_dir() and not (self.path / name).exists():
+                os.replace(old, self.path / name)
+        begun = [
+            path
+            for name in (RUN, METRICS, PLOT, ADAPTER, BEST)
+            for ending in ("[0-9]*.tmp", "partial", "old")
+            for path in self.path.glob(f".{name}.{ending}")
+        ]
+        for path in begun:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     @property
     def checkpoints(self) -> Path:
@@ -93,14 +129,22 @@ class RunDirectory:
         return self.path / BOARD
 
     def write(self, name: str, save: Callable[[Path], None]) -> Path:
-        """Have `save` write the directory `name`, which is there whole or as it was before."""
+        """Have `save` write into the directory `name`, an empty one, which is there whole or as it was before."""
         target, partial, old = (self.path / n for n in (name, f".{name}.partial", f".{name}.old"))
         for left in (partial, old):
             shutil.rmtree(left, ignore_errors=True)
-        save(partial)
+        partial.mkdir()
+        try:
+            save(partial)
+            # On the disk before the name is: the checkpoints that could make it again are removed soon.
+            sync_tree(partial)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         if target.exists():
             os.replace(target, old)
         os.replace(partial, target)
+        sync_directory(self.path)
         shutil.rmtree(old, ignore_errors=True)
         return target
 
@@ -108,6 +152,33 @@ class RunDirectory:
         """The results are written: what only a continuation needs goes."""
         (self.path / RUN).unlink(missing_ok=True)
         state.clear(self.checkpoints)
+
+
+def _locked(path: Path) -> int | None:
+    """A handle of the directory that locks it against other processes until it is closed; None without such locks."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise DestinationExistsError(f"out_dir {path} is in use: another run is writing there") from error
+    except OSError:  # a file system without locks
+        os.close(handle)
+        return None
+    return handle
+
+
+def sync_tree(directory: Path) -> None:
+    """Make all that is in a directory last."""
+    for folder, _, files in os.walk(directory):
+        for name in files:
+            with open(os.path.join(folder, name), "rb+") as file, full_disk_names(Path(file.name)):
+                os.fsync(file.fileno())
+        sync_directory(Path(folder))
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any], at: str = "") -> Iterable[str]:

@@ -45,14 +45,14 @@ class Snapshot:
 
 
 def save(directory: Path, snapshot: Snapshot, keep: int) -> Path:
-    """Write a checkpoint into `directory`, then remove all but the last `keep`.
+    """Write a checkpoint into `directory`, then remove all but the last `keep`, and those of later steps.
 
     Raises:
         StorageFullError: the disk is full; the checkpoints before are untouched.
     """
     target = directory / f"step-{snapshot.step:08d}"
     if target.exists():
-        shutil.rmtree(target)
+        _remove(target)
     slots = [Slot(name, DTYPE_NAMES[t.dtype], tuple(t.shape)) for name, t in snapshot.tensors.items()]
     with Staging(target) as staging:
         writer = ShardWriter(staging, TENSORS, slots, {"format": "pt"})
@@ -64,11 +64,18 @@ def save(directory: Path, snapshot: Snapshot, keep: int) -> Path:
         facts = {"step": snapshot.step, **snapshot.facts, "tensors_sha256": digest}
         staging.write(FACTS, json.dumps({**facts, "sha256": _own_sha256(facts)}).encode())
         staging.commit()
-    for _, old in _candidates(directory)[keep:]:
-        # The mark first: half a removal is no checkpoint.
-        (old / FACTS).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
+    found = _candidates(directory)
+    # One of a later step is damaged, else the run would have gone on from it: it is none that counts.
+    later = [path for step, path in found if step > snapshot.step]
+    for old in later + [path for _, path in found[len(later) :][keep:]]:
+        _remove(old)
     return target
+
+
+def _remove(path: Path) -> None:
+    # The mark first: half a removal is no checkpoint.
+    (path / FACTS).unlink(missing_ok=True)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def load(directory: Path) -> Found:
 def clear(directory: Path) -> None:
     """Remove all checkpoints, and what a killed process left of them."""
     for _, path in _candidates(directory):
-        (path / FACTS).unlink(missing_ok=True)
+        _remove(path)
     shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -122,7 +129,9 @@ def _read(path: Path, step: int) -> Snapshot:
         own = facts.pop("sha256")
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: was not written to its end ({FACTS} is missing)") from error
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
+    except OSError as error:  # a disk that does not give back what it took
+        raise CheckpointError(f"{mark}: cannot be read ({error})") from error
+    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{mark}: is damaged (not the JSON that was written)") from error
     if own != _own_sha256(facts) or facts.get("step") != step:
         raise CheckpointError(f"{mark}: is damaged (its checksum is not the one that was written)")
