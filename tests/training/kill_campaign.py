@@ -1,4 +1,4 @@
-"""Fine-tune again and again, each time killed at another moment, and go on; used by test_resume.py and bench/resume.py.
+"""Fine-tune again and again, each time killed at another moment, and go on; used by test_interrupted_runs.py and bench/methods.py.
 
 python tests/training/kill_campaign.py MODEL FOLDER POINTS [OPTIONS]
 
