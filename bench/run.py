@@ -43,6 +43,7 @@ def parts(quick: bool) -> list[tuple[str, list[str], dict[str, str]]]:
     return [
         *result,
         ("rounding", ["rounding.py"], {}),
+        ("attention", ["attention.py"], {}),
         ("optimizer", ["optimizer.py"], {}),
         ("overhead", ["overhead.py"], {}),
     ]

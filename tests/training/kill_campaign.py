@@ -1,4 +1,4 @@
-"""Fine-tune again and again, each time killed at another moment, and go on; used by test_interrupted_runs.py and bench/methods.py.
+"""Fine-tune again and again, each time killed at another moment, and go on; for test_interrupted_runs.py and bench.
 
 python tests/training/kill_campaign.py MODEL FOLDER POINTS [OPTIONS]
 

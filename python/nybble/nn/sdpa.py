@@ -136,7 +136,7 @@ class _NoSecondDerivative(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
         raise NotImplementedError(
-            "nybble.nn.attention has a first derivative only, as torch's flash kernel; for a second one run "
+            "nybble.nn.sdpa has a first derivative only, as torch's flash kernel; for a second one run "
             "torch.nn.functional.scaled_dot_product_attention under sdpa_kernel(SDPBackend.MATH)"
         )
 
