@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import io
+import json
 import os
 import subprocess
 import sys
@@ -11,11 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import TEXT, llama
 
 from nybble import LoRAConfig, TrainConfig, add_lora, finetune
+from nybble.checkpoint.writer import StorageFullError
 from nybble.errors import DestinationExistsError
 from nybble.training import state
+from nybble.training.metrics import MetricsFile
 from nybble.training.run_directory import ADAPTER, RUN, RunDirectory
 from nybble.training.state import Snapshot
 
@@ -148,3 +153,96 @@ def test_a_save_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
     out.close()
     assert (tmp_path / ADAPTER / "weights").read_bytes() == b"1"
     assert sorted(p.name for p in tmp_path.iterdir()) == [ADAPTER, RUN]
+
+
+# ---- a full disk -----------------------------------------------------------------------------------------------------
+
+
+class Disk:
+    """Refuses the writes to files whose name `refuse` picks, after half of the data."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, refuse: Any) -> None:
+        from nybble.checkpoint import writer
+        from nybble.training import metrics
+
+        write, self.refuse, self.refused = writer.write_all, refuse, 0
+
+        def limited(file: Any, data: Any) -> None:
+            if self.refuse(str(file.name)):
+                self.refused += 1
+                file.write(bytes(data)[: len(data) // 2])  # as much as there was room for
+                raise OSError(28, "No space left on device")
+            write(file, data)
+
+        monkeypatch.setattr(writer, "write_all", limited)
+        monkeypatch.setattr(metrics, "write_all", limited)
+
+
+FULL = dataclasses.replace(CONFIG, steps=6, save_every=2, eval_every=2, val_fraction=0.1, keep_best=True, out_dir="x")
+
+
+def say(out: Path, model: Any = None, config: TrainConfig = FULL) -> tuple[Any, str]:
+    text = io.StringIO()
+    console = Console(file=text, width=300)
+    return finetune(
+        model or adapted(), TOKENS, dataclasses.replace(config, out_dir=out), console=console
+    ), text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return say(out)[0].losses, (out / ADAPTER / "adapter_model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["state.", "best", "metrics"])
+def test_a_full_disk_on_the_way_costs_no_trained_step(
+    what: str, tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = Disk(monkeypatch, lambda name: what in name.removeprefix(str(tmp_path)))
+    out = tmp_path / "out"
+    report, said = say(out)
+    assert disk.refused and report.losses == whole[0] and ("disk was full" in said or "no space left" in said)
+    assert (out / ADAPTER / "adapter_model.safetensors").read_bytes() == whole[1]
+    assert not list(out.rglob(".*"))
+    if what == "best":
+        assert report.best_dir is None and not (out / "best").exists()
+    if what == "metrics":
+        assert (out / "metrics.jsonl").read_bytes() == b"" and "lacks 11 rows: the disk was full" in said
+
+
+def test_a_row_that_did_not_fit_leaves_no_half(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    disk = Disk(monkeypatch, lambda name: False)
+    metrics = MetricsFile(tmp_path / "metrics.jsonl")
+    for step in (1, 2, 3):
+        disk.refuse = lambda name, step=step: step == 2
+        metrics.write("step", step=step)
+    metrics.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 3] and metrics.lost == 1
+
+
+def test_the_adapter_takes_the_room_of_older_checkpoints(
+    tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    disk = Disk(monkeypatch, lambda name: ".adapter." in name and len(list(out.glob("checkpoints/*"))) > 1)
+    report, _ = say(out)
+    assert disk.refused == 1 and report.losses == whole[0]
+    assert (out / ADAPTER / "adapter_model.safetensors").read_bytes() == whole[1]
+
+
+def test_no_room_at_the_very_end_is_told_and_the_same_call_finishes(
+    tmp_path: Path, whole: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    disk = Disk(monkeypatch, lambda name: ".adapter." in name)
+    with pytest.raises(StorageFullError, match="make room, and the same call goes on from step-00000006"):
+        say(out)
+    disk.refuse = lambda name: False
+    report, _ = say(out)
+    assert report.resumed_from == 6 and report.losses == whole[0]
+    assert (out / ADAPTER / "adapter_model.safetensors").read_bytes() == whole[1]
+    disk.refuse = lambda name: ".adapter." in name
+    with pytest.raises(StorageFullError, match="no adapter was saved; the model itself is trained"):
+        say(tmp_path / "other", config=dataclasses.replace(FULL, save_every=0))

@@ -94,7 +94,7 @@ def command(
     report = finetune(
         model, data, config, tokenizer=tokenizer, eval_data=eval_data, save=_whole_model(tokenizer) if full else None
     )
-    _print_summary(report)
+    _print_summary(report, goes_on=bool(save_every))
     if report.interrupted:
         raise typer.Exit(130)
 
@@ -109,14 +109,14 @@ def _whole_model(tokenizer: Any) -> Any:
     return save
 
 
-def _print_summary(report: Any) -> None:
+def _print_summary(report: Any, goes_on: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from ..training.metrics import format_memory
 
     table = Table(show_header=False)
-    table.add_row("steps", f"{len(report.losses):,}" + _ending(report))
+    table.add_row("steps", f"{len(report.losses):,}" + _ending(report, goes_on))
     table.add_row("loss, first and last step", f"{report.losses[0]:.4f}  {report.losses[-1]:.4f}")
     for evaluation in report.evaluations:
         table.add_row(f"held-out perplexity, step {evaluation.step}", f"{evaluation.perplexity:.3f}")
@@ -133,9 +133,9 @@ def _print_summary(report: Any) -> None:
     Console(soft_wrap=True).print(table)
 
 
-def _ending(report: Any) -> str:
+def _ending(report: Any, goes_on: bool) -> str:
     if report.interrupted:
-        return " (interrupted; the same command goes on)"
+        return " (interrupted; the same command goes on)" if goes_on else " (interrupted)"
     return " (stopped early)" if report.stopped_early else ""
 
 

@@ -133,6 +133,10 @@ class TrainConfig:
         for name, allowed in _CHOICES.items():
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} must be {_either(allowed)}, got {getattr(self, name)!r}")
+        if self.early_stopping and not self.eval_every:
+            raise ValueError(f"early_stopping={self.early_stopping} counts evaluations: give eval_every too, got 0")
+        if self.keep_best and self.out_dir is None:
+            raise ValueError("keep_best needs out_dir: best/ is written there")
 
     def _check_length(self) -> None:
         if self.steps is not None and self.epochs is not None:

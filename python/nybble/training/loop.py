@@ -7,6 +7,7 @@ import importlib.util
 import math
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..nn.adapters import acting_parameters, adapter_parameters, require_names
+from ..checkpoint.writer import StorageFullError, full_disk_names
+from ..nn.adapters import acting_parameters, adapted_modules, adapter_names, adapter_parameters, require_names
 from . import state
 from .config import TrainConfig, learning_rate
 from .interrupt import Interrupt
@@ -23,7 +25,7 @@ from .mode import autocast, checkpointing, training_mode
 from .optimization import RunningMean, clip, make_optimizer, set_learning_rate
 from .plot import plot_loss
 from .prepare import make_task
-from .report import Evaluation, Recorder, TrainReport
+from .report import Evaluation, Recorder, TrainReport, best_of
 from .run_directory import ADAPTER, BEST, RunDirectory, environment, fingerprint, model_fingerprint
 from .tasks import Task
 
@@ -103,6 +105,8 @@ def finetune(
                 run.restore(found)
                 display.say(f"goes on after step {found.step}")
             run.train(total_steps, on_step)
+            if metrics.lost:
+                display.say(f"{metrics.path} lacks {metrics.lost} rows: the disk was full")
         report.peak_memory_bytes = peak_memory_bytes(next(model.parameters()).device)
         if out is not None:
             run.write_results(display)
@@ -138,7 +142,8 @@ class Run:
         """From the step after `self.step` to the last one."""
         config, report = self.config, self.report
         with Interrupt() as interrupt:
-            if self.step == 0:
+            # Of a run that is taken up too, if Ctrl-C came between a step and its evaluation.
+            if self._evaluation_due() and all(e.step != self.step for e in report.evaluations):
                 self.evaluate()
             while self.step < total_steps and not self._stops():
                 loss = self.optimizer_step(total_steps)
@@ -149,7 +154,7 @@ class Run:
                     report.interrupted = True
                     self.checkpoint()
                     return
-                if last or (config.eval_every and self.step % config.eval_every == 0):
+                if last or self._evaluation_due():
                     self.evaluate()
                 if last or (config.save_every and self.step % config.save_every == 0) or self._stops():
                     self.checkpoint()
@@ -200,8 +205,13 @@ class Run:
         if result is not None:
             best = self.recorder.evaluation(Evaluation(self.step, *result))
             if best and self.config.keep_best and self.out is not None and self.step:
+                self.report.best_dir = None  # until this one is there: best/ would be of another step
                 with self.mean.in_place():
-                    self.report.best_dir = self.out.write(BEST, self._save_into)
+                    self.report.best_dir = self._unless_full("best/", partial(self.out.write, BEST, self._save_into))
+
+    def _evaluation_due(self) -> bool:
+        every = self.config.eval_every
+        return self.step == 0 or (every > 0 and self.step % every == 0)
 
     def _stops(self) -> bool:
         patience = self.config.early_stopping
@@ -231,7 +241,30 @@ class Run:
             "seconds": report.seconds,
             "environment": environment(),
         }
-        state.save(self.out.checkpoints, state.Snapshot(self.step, tensors, facts), self.config.keep_checkpoints)
+        snapshot = state.Snapshot(self.step, tensors, facts)
+        self.recorder.metrics.sync()  # its rows up to here are not written again
+        write = partial(state.save, self.out.checkpoints, snapshot, self.config.keep_checkpoints)
+        self._unless_full("checkpoint", write)
+
+    def _unless_full(self, what: str, write: Callable[[], Path]) -> Path | None:
+        """What write() returns; None where the disk is full, which is told, and no reason to lose what was trained."""
+        try:
+            return self._with_room(write)
+        except StorageFullError as error:
+            self.recorder.display.say(f"no {what} of step {self.step}, the run goes on without: {error.strerror}")
+            return None
+
+    def _with_room(self, write: Callable[[], Path]) -> Path:
+        """write(); on a full disk once more, without the checkpoints that only stand in for a damaged one."""
+        assert self.out is not None
+        try:
+            with full_disk_names(self.out.path):
+                return write()
+        except StorageFullError:
+            if not state.keep_newest(self.out.checkpoints):
+                raise
+            with full_disk_names(self.out.path):
+                return write()
 
     def restore(self, found: state.Snapshot) -> None:
         """Be where the run was when it wrote the checkpoint."""
@@ -246,7 +279,7 @@ class Run:
             if name.startswith("losses.")
         }
         report.evaluations = [Evaluation(*row) for row in facts["evaluations"]]
-        report.best = min(report.evaluations, key=lambda e: e.loss, default=None)
+        report.best = best_of(report.evaluations)
         report.tokens, report.seconds, report.resumed_from = facts["tokens"], facts["seconds"], found.step
         self.step = found.step
         if self.out is not None and (self.out.path / BEST).is_dir():
@@ -265,11 +298,21 @@ class Run:
         """adapter/ and loss.png; then what only a continuation needs is removed, unless there is to be one."""
         report, out = self.report, self.out
         assert out is not None
-        with self.mean.in_place():
-            report.adapter_dir = out.write(ADAPTER, self._save_into)
+        try:
+            with self.mean.in_place():
+                report.adapter_dir = self._with_room(partial(out.write, ADAPTER, self._save_into))
+        except StorageFullError as error:
+            last = next(iter(state.newest(out.checkpoints)), None)
+            error.outcome = (
+                "no adapter was saved; the model itself is trained"
+                if last is None
+                else f"no adapter was saved; make room, and the same call goes on from {last.name}"
+            )
+            raise
         if self.config.plot:
             evaluations = [(e.step, e.loss) for e in report.evaluations]
-            report.plot_path = plot_loss(report.losses, evaluations, out.plot)
+            draw = partial(plot_loss, report.losses, evaluations, out.plot)
+            report.plot_path = self._unless_full("loss.png", draw)
         if not (report.interrupted and self.config.save_every):
             out.finish()
         stopped = f"stopped after step {len(report.losses)} of {display.total_steps}; " if report.interrupted else ""
@@ -294,14 +337,28 @@ def _trained(model: nn.Module, task: Task) -> dict[str, nn.Parameter]:
             name: p for group in groups for name, p in adapter_parameters(model, group).items() if p.requires_grad
         }
     else:
+        modules = adapted_modules(model).values()
+        if any(module.selection.rows is not None for module in modules):
+            raise ValueError(
+                "model: adapters were chosen row by row; choose one to train with nybble.set_adapter, or give data as "
+                "a mapping {adapter name: data} to train several at once"
+            )
         parameters = acting_parameters(model)
     if not parameters:
+        idle = adapter_names(model)
+        if idle and not groups:
+            raise ValueError(
+                f"model has no trainable parameter that acts: its adapters are {', '.join(map(repr, idle))}; choose "
+                "one with nybble.set_adapter, and requires_grad_ it if it was frozen"
+            )
         raise ValueError("model has no trainable parameter; call nybble.add_lora(model, ...) first")
     return parameters
 
 
 def _check_results(model: nn.Module, config: TrainConfig, save: Save | None, task: Task) -> None:
     """Before the work, what would fail after it: something to save, matplotlib."""
+    if (config.early_stopping or config.keep_best) and not task.has_held_out:
+        raise ValueError("early_stopping and keep_best need held-out data: give eval_data or val_fraction")
     if config.out_dir is None:
         return
     if save is None:
@@ -311,8 +368,8 @@ def _check_results(model: nn.Module, config: TrainConfig, save: Save | None, tas
             check_saveable(model, group)
     if config.plot and importlib.util.find_spec("matplotlib") is None:
         raise ImportError("the loss plot needs matplotlib: pip install 'nybble[plot]', or plot=False")
-    if (config.early_stopping or config.keep_best) and not task.has_held_out:
-        raise ValueError("early_stopping and keep_best need held-out data: give eval_data or val_fraction")
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ImportError("tensorboard=True needs the package tensorboard: pip install tensorboard")
 
 
 def _open(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -9,11 +10,13 @@ import sys
 import time
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any, BinaryIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..checkpoint.writer import StorageFullError, full_disk_names, write_all
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
@@ -60,6 +63,9 @@ class MetricsFile:
         after: the step from which a run is taken up again: rows of later steps are dropped, and new ones follow.
         tensorboard: a directory for TensorBoard's files.
 
+    Attributes:
+        lost: rows that a full disk did not take; the file is whole without them.
+
     Raises:
         ImportError: tensorboard is wanted and not installed.
     """
@@ -68,21 +74,41 @@ class MetricsFile:
         self._board = None if tensorboard is None else _summary_writer(tensorboard, after)
         if path is not None and after is not None and path.exists():
             _keep_rows(path, after)
-        self._file: IO[str] | None = (
-            None if path is None else path.open("w" if after is None else "a", encoding="utf-8")
-        )
+        self.path = path
+        self.lost = 0
+        # Unbuffered: what a full disk did not take must not be tried again by the next row, or by close().
+        self._file: BinaryIO | None = None
+        if path is not None:
+            if after is None:
+                path.unlink(missing_ok=True)
+            self._file = path.open("ab", buffering=0)
 
     def write(self, kind: str, **values: Any) -> None:
         """Values that are not finite become null, which JSON has instead."""
         if self._file is not None:
             row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self._file.write(json.dumps({"kind": kind, **row}, allow_nan=False) + "\n")
-            self._file.flush()
+            self._append((json.dumps({"kind": kind, **row}, allow_nan=False) + "\n").encode())
         if self._board is not None and kind in ("step", "eval"):
             for name, value in values.items():
                 if name != "step" and isinstance(value, int | float):
                     self._board.add_scalar(f"{kind}/{name}", value, values["step"])
             self._board.flush()
+
+    def _append(self, line: bytes) -> None:
+        assert self._file is not None
+        before = os.fstat(self._file.fileno()).st_size
+        try:
+            with full_disk_names(self.path or Path()):
+                write_all(self._file, line)
+        except StorageFullError:  # a row less is no reason to end a run
+            self.lost += 1
+            os.ftruncate(self._file.fileno(), before)
+
+    def sync(self) -> None:
+        """Make the rows so far last."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):
+                os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file is not None:
@@ -113,7 +139,7 @@ def _summary_writer(directory: Path, after: int | None) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise ImportError("tensorboard=True needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter(directory, purge_step=None if after is None else after + 1)
+    return SummaryWriter(directory, purge_step=0 if after is None else after + 1)
 
 
 class Display:

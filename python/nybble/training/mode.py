@@ -47,6 +47,8 @@ def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
             getattr(_encoder(model), f"{switch}_enable")(**{f"{switch}_kwargs": {"use_reentrant": False}})
             stack.callback(getattr(_encoder(model), f"{switch}_disable"))
         model.train()
+        for parameter in model.parameters():
+            parameter.grad = None  # of a backward pass before the run: it would be part of the first step
         try:
             yield
         finally:

@@ -79,8 +79,19 @@ def prepare_labelled(
         return Labelled.read(source, tokenizer, config.seq_len, names, config.seed, name)
 
     train = read(data, None, "data")
+    check_vocabulary(model, train.ids, "data")
     if len(train.names) > model.classes:
         raise ValueError(f"data has {len(train.names)} classes, the model {model.classes}")
     if eval_data is None:
-        return train.split(config.val_fraction)
-    return train, read(eval_data, train.names, "eval_data")
+        train, held_out = train.split(config.val_fraction)
+    else:
+        held_out = read(eval_data, train.names, "eval_data")
+        if held_out.names != train.names[: len(held_out.names)]:
+            raise ValueError(
+                f"eval_data: its classes are {', '.join(map(repr, held_out.names[:20]))}, those of data "
+                f"{', '.join(map(repr, train.names[:20]))}; read it with names=data.names"
+            )
+        check_vocabulary(model, held_out.ids, "eval_data")
+    if held_out is not None and config.eval_windows is not None:
+        held_out = held_out.part(0, min(config.eval_windows, len(held_out)))
+    return train, held_out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,7 +44,7 @@ class TrainReport:
     peak_memory_bytes: int | None = None
     trainable_parameters: int = 0
     interrupted: bool = False
-    """Stopped by Ctrl-C; what was trained until then is saved, and the same call goes on."""
+    """Stopped by Ctrl-C; what was trained until then is saved, and the same call goes on (with config.save_every)."""
     stopped_early: bool = False
     """The held-out loss did not get better any more (config.early_stopping)."""
     resumed_from: int | None = None
@@ -57,6 +58,11 @@ class TrainReport:
     @property
     def tokens_per_second(self) -> float:
         return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def best_of(evaluations: list[Evaluation]) -> Evaluation | None:
+    """The first of those with the lowest loss; NaN is worse than any."""
+    return min(evaluations, key=lambda e: math.inf if math.isnan(e.loss) else e.loss, default=None)
 
 
 @dataclass
@@ -116,10 +122,8 @@ class Recorder:
             values = {"loss": evaluation.loss, "accuracy": evaluation.accuracy}
         self.metrics.write("eval", step=evaluation.step, **values)
         self.display.say(f"step {evaluation.step}: held-out loss {evaluation.loss:.4f}, {shown}")
-        better = report.best is None or evaluation.loss < report.best.loss
-        if better:
-            report.best = evaluation
-        return better
+        report.best = best_of(report.evaluations)
+        return report.best is evaluation
 
     @property
     def stale(self) -> int:

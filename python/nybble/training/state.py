@@ -97,6 +97,19 @@ def load(directory: Path) -> Found:
     return Found(None, damaged)
 
 
+def newest(directory: Path) -> list[Path]:
+    """Those that have their mark, the newest first."""
+    return [path for _, path in _candidates(directory) if (path / FACTS).is_file()]
+
+
+def keep_newest(directory: Path) -> int:
+    """Remove all checkpoints but the newest; returns how many were removed."""
+    old = newest(directory)[1:]
+    for path in old:
+        _remove(path)
+    return len(old)
+
+
 def clear(directory: Path) -> None:
     """Remove all checkpoints, and what a killed process left of them."""
     for _, path in _candidates(directory):
