@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..nn import QuantLinear, TrainedCopy
+from ..nn import LoRAEmbedding, LoRALinear, QuantLinear, TrainedCopy
 from ..nn.add import put_copies
 from ..nn.names import adapted_layers, base_modules
 from .adapter import PREFIX, WEIGHTS_NAME
@@ -22,8 +22,11 @@ def copies_to_save(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor
     that train.
 
     Raises:
-        ValueError: the model has trainable parameters that belong to none of its modules.
+        ValueError: the model has trainable parameters that belong to none of its modules, or to a layer that the
+            adapter updates: a copy loaded in its place would hide the update.
     """
+    around = adapted_layers(model, (LoRALinear, LoRAEmbedding))
+    updated = {name for name, layer in around.items() if adapter in layer.adapters}
     copies = {n: m for n, m in adapted_layers(model, (TrainedCopy,)).items() if adapter in m.adapters}
     result: dict[str, dict[str, Tensor]] = {}
     for name, _, module in base_modules(model):
@@ -34,6 +37,11 @@ def copies_to_save(model: nn.Module, adapter: str) -> dict[str, dict[str, Tensor
         elif any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             if not name:
                 raise ValueError("model: it has trainable parameters of its own, which an adapter file cannot hold")
+            if name in updated:
+                raise ValueError(
+                    f"model: {name} has an update by adapter {adapter!r}, and its own weight is trained too; an "
+                    "adapter file cannot hold both: freeze the weight, or take the layer out of the adapter's target"
+                )
             values = module.state_dict()
         else:
             continue

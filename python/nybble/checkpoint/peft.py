@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..nn import LoRAEmbedding, LoRALinear
+from ..nn import LoRAEmbedding, LoRALinear, QuantLinear
 from ..nn.adapters import DEFAULT, adapter_names, adapters, check_name, require_names, set_adapter, share_selection
 from ..nn.names import adapted_layers as layers_around
+from ..nn.names import base_modules
 from .adapter import BOTTLENECK_TYPE, CONFIG_NAME, PROMPT_TYPES, WEIGHTS_NAME, read_adapter, read_settings
 from .copies import copies_to_save
 from .files import DTYPE_NAMES
@@ -26,6 +27,17 @@ _TASKS = {
     "ForSequenceClassification": "SEQ_CLS",
     "ForTokenClassification": "TOKEN_CLS",
     "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+# What PEFT makes of an adapter that is on no layer and only has copies of modules: this string stands for no layer.
+_COPIES_ALONE = {
+    "peft_type": "LORA",
+    "r": 8,
+    "lora_alpha": 8,
+    "lora_dropout": 0.0,
+    "target_modules": "dummy-target-modules",
+    "bias": "none",
 }
 
 
@@ -48,10 +60,11 @@ def save_adapter(
     """Write one adapter of a model as PEFT does, replacing an adapter that is there.
 
     That is what has this name (low-rank updates, a prefix or prompt, bottlenecks), with its copies of modules as
-    `modules_to_save`, and so every other module with trainable parameters that is no adapter.
+    `modules_to_save`, and so every other module with trainable parameters that is no adapter. Of a model without
+    adapters these modules alone (a linear probe's head), if the rest of it is frozen.
 
     Args:
-        model: with an adapter, as `add_lora` and its siblings make it.
+        model: with an adapter, as `add_lora` and its siblings make it, or with a part that is trained in full.
         directory: made if it does not exist. The name is not written: any can be given on loading.
         base: what `base_model_name_or_path` says; by default where the model was loaded from, if it knows.
         name: of the adapter; by default the one that acts, or the only one.
@@ -90,13 +103,24 @@ def _chosen(model: nn.Module, name: str | None) -> str:
         return name
     present = adapter_names(model)
     if not present:
-        raise ValueError(f"model: {type(model).__name__} has no adapter to save; see nybble.add_lora")
+        if _partly_trained(model):
+            return DEFAULT
+        raise ValueError(
+            f"model: {type(model).__name__} has no adapter to save (see nybble.add_lora), nor is a part of it trained "
+            "and the rest frozen; a whole model is saved by its own means, in finetune by the argument save"
+        )
     active = share_selection(model).active
     if active is None and len(present) > 1:
         raise ValueError(
             f"name: the model has the adapters {', '.join(map(repr, present))}, and none acts on all rows; give one"
         )
     return present[0] if active is None else active
+
+
+def _partly_trained(model: nn.Module) -> bool:
+    owners = [module for _, _, module in base_modules(model) if not isinstance(module, QuantLinear)]
+    own = [p for module in owners for p in module.parameters(recurse=False) if p.is_floating_point()]
+    return len({p.requires_grad for p in own}) == 2
 
 
 def _kinds(model: nn.Module, name: str) -> list[str]:
@@ -120,6 +144,8 @@ def _parts(model: nn.Module, name: str) -> tuple[dict[str, Any], dict[str, Tenso
         from .bottleneck import save_bottleneck
 
         return save_bottleneck(model, name)
+    if not own:
+        return dict(_COPIES_ALONE), {}
     return save_lora(model, name)
 
 
