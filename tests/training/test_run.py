@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import os
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import TEXT, ByteTokenizer, llama
 
 from nybble import LoRAConfig, TrainConfig, add_lora, finetune
@@ -130,3 +132,28 @@ def test_texts_of_another_tokenizer_are_refused() -> None:
     data = dataclasses.replace(labelled(), ids=labelled().ids + 200)
     with pytest.raises(ValueError, match="the model's vocabulary has 256"):
         prepare_labelled(classifier(), data, CONFIG)
+
+
+def test_another_base_that_is_trained_whole_is_told_when_a_run_goes_on(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, out_dir=tmp_path / "out", save_every=1)
+
+    def call(seed: int, stop: int) -> tuple[Any, str]:
+        def on_step(step: int, loss: float) -> None:
+            if step == stop:
+                raise ZeroDivisionError
+
+        text = io.StringIO()
+        console = Console(file=text, width=300)
+        save = lambda model, directory: model.save_pretrained(directory)  # noqa: E731
+        try:
+            return finetune(
+                llama(seed=seed), TOKENS, config, save=save, console=console, on_step=on_step
+            ), text.getvalue()
+        except ZeroDivisionError:
+            return None, text.getvalue()
+
+    what = "weights are not those that the run began with"
+    assert what not in call(0, 2)[1]
+    assert what not in call(0, 3)[1]
+    report, said = call(1, 0)
+    assert what in said and report.resumed_from == 2

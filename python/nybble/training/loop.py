@@ -26,7 +26,7 @@ from .optimization import RunningMean, clip, make_optimizer, set_learning_rate
 from .plot import plot_loss
 from .prepare import make_task
 from .report import Evaluation, Recorder, TrainReport, best_of
-from .run_directory import ADAPTER, BEST, RunDirectory, environment, fingerprint, model_fingerprint
+from .run_directory import ADAPTER, BEST, RunDirectory, environment, fingerprint, model_fingerprint, start_fingerprint
 from .tasks import Task
 
 Save = Callable[[nn.Module, Path], None]
@@ -384,7 +384,11 @@ def _open(
         "model": model_fingerprint(model, parameters),
         "trained": {name: f"{p.dtype} {list(p.shape)}" for name, p in parameters.items()},
     }
-    out = RunDirectory(Path(config.out_dir), identity)
+    out = RunDirectory(Path(config.out_dir), identity, start_fingerprint(model, parameters))
     found = "the beginning" if out.found is None else f"step {out.found.step}"
     notes = [f"passed over a checkpoint: {text}; the run goes on from {found}" for text in out.damaged]
+    if out.found is not None and not out.same_start:
+        notes.append(
+            "the model's weights are not those that the run began with; those of its checkpoint take their place"
+        )
     return out, out.found, notes

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ..checkpoint.writer import Staging, full_disk_names, sync_directory, tensor_bytes
 from ..errors import CheckpointError, DestinationExistsError
+from ..nn.adapters import adapted_modules
 from . import state
 
 RUN, CHECKPOINTS, METRICS, PLOT, ADAPTER, BEST, BOARD = (
@@ -30,6 +31,7 @@ RUN, CHECKPOINTS, METRICS, PLOT, ADAPTER, BEST, BOARD = (
     "best",
     "tensorboard",
 )
+_START = "start"
 _SAMPLE = 4096  # bytes of each frozen parameter that tell one model from another
 
 
@@ -39,9 +41,10 @@ class RunDirectory:
     Attributes:
         path: the directory. found: the checkpoint from which the run goes on, None for a new run.
         damaged: what was wrong with checkpoints that were passed over.
+        same_start: whether the trained weights were at the run's beginning what `start` says.
     """
 
-    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+    def __init__(self, path: Path, identity: dict[str, Any], start: str = "") -> None:
         """To be closed.
 
         Raises DestinationExistsError when the directory holds anything but this very run, unfinished and not under way
@@ -51,6 +54,7 @@ class RunDirectory:
         self._lock: int | None = None
         self.found: state.Snapshot | None = None
         self.damaged: list[str] = []
+        self.same_start = True
         if not path.exists():
             path.mkdir(parents=True)
         try:
@@ -58,10 +62,10 @@ class RunDirectory:
                 self._lock = _locked(path)
                 self._clean()
             if not path.is_dir() or any(path.iterdir()):
-                self._take_up(identity)
+                self._take_up(identity, start)
             if self.found is None:
                 with Staging(path) as staging:
-                    staging.write(RUN, (json.dumps(identity, indent=2) + "\n").encode())
+                    staging.write(RUN, (json.dumps({**identity, _START: start}, indent=2) + "\n").encode())
                     staging.commit()
         except BaseException:
             self.close()
@@ -73,7 +77,7 @@ class RunDirectory:
             os.close(self._lock)
             self._lock = None
 
-    def _take_up(self, identity: dict[str, Any]) -> None:
+    def _take_up(self, identity: dict[str, Any], start: str) -> None:
         run = self.path / RUN
         if not self.path.is_dir() or not run.is_file():
             raise DestinationExistsError(
@@ -82,7 +86,8 @@ class RunDirectory:
             )
         try:
             before = json.loads(run.read_bytes())
-        except ValueError as error:
+            began = before.pop(_START, start)
+        except (ValueError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{run}: is damaged; remove {self.path} to begin anew") from error
         differences = list(_differences(before, identity))
         left = (self.path / ADAPTER, self.path / BEST, *self.checkpoints.glob(f"*/{state.FACTS}"))
@@ -95,7 +100,7 @@ class RunDirectory:
             )
         state.clean(self.path / CHECKPOINTS)
         found = state.load(self.path / CHECKPOINTS)
-        self.found, self.damaged = found.snapshot, found.damaged
+        self.found, self.damaged, self.same_start = found.snapshot, found.damaged, began == start
 
     def _clean(self) -> None:
         """Remove what a killed process was writing; put back what it was about to replace."""
@@ -211,9 +216,23 @@ def model_fingerprint(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name}{parameter.dtype}{list(parameter.shape)}".encode())
         if name not in trained:
-            flat = parameter.detach().reshape(-1)
-            digest.update(tensor_bytes(flat[: _SAMPLE // max(1, flat.element_size())]))
+            digest.update(_beginning(parameter))
     return digest.hexdigest()
+
+
+def start_fingerprint(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the beginning of what is trained of the model itself; an adapter's first values may be drawn anew."""
+    adapters = {id(p) for module in adapted_modules(model).values() for p in module.adapters.parameters()}
+    digest = hashlib.sha256()
+    for parameter in trained.values():
+        if id(parameter) not in adapters:
+            digest.update(_beginning(parameter))
+    return digest.hexdigest()
+
+
+def _beginning(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().reshape(-1)
+    return tensor_bytes(flat[: _SAMPLE // max(1, flat.element_size())])
 
 
 def environment() -> dict[str, Any]:
