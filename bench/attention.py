@@ -8,6 +8,8 @@ queries and keys head after head, values and gradients with their heads side by 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from harness import Call
@@ -42,8 +44,8 @@ def calls(size: tuple[int, int, int, int, int]) -> dict[str, dict[str, Call]]:
     def backward(output: Tensor) -> Call:
         return lambda turn: torch.autograd.grad(output, tensors, grad, retain_graph=True)
 
-    def both(function: object) -> Call:
-        return lambda turn: torch.autograd.grad(function(*tensors, **shared), tensors, grad)  # type: ignore[operator]
+    def both(function: Callable[..., Tensor]) -> Call:
+        return lambda turn: torch.autograd.grad(function(*tensors, **shared), tensors, grad)
 
     return {
         "backward": {name: backward(output) for name, output in outputs.items()},

@@ -73,7 +73,7 @@ class Steps:
 def nybble(job: Job) -> Callable[[Steps], None]:
     """nybble's own loop over its own layers."""
     import torch
-    from transformers import LlamaForCausalLM  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401  # imports count as imports
 
     import nybble
     from nybble.training import loop  # noqa: F401  # imports count as imports
@@ -107,9 +107,9 @@ def stream(rows: Any) -> Any:
 def peft(job: Job) -> Callable[[Steps], None]:
     """transformers + PEFT + bitsandbytes, as their documentation trains."""
     import torch
-    from bitsandbytes.nn import Linear4bit  # noqa: F401
+    from bitsandbytes.nn import Linear4bit  # noqa: F401  # imports count as imports
     from peft import PeftModel, prepare_model_for_kbit_training
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM  # noqa: F401
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM  # noqa: F401  # likewise
 
     def run(steps: Steps) -> None:
         quantization = BitsAndBytesConfig(

@@ -97,7 +97,7 @@ def glosses(args: argparse.Namespace) -> list[Row]:
 
 def mixed(args: argparse.Namespace) -> list[Row]:
     """Three adapters side by side, and each alone."""
-    return worker("mixed", "LoRA", 1e-3, **smollm2_directories(args))["rows"]  # type: ignore[return-value]
+    return worker("mixed", "LoRA", 1e-3, **smollm2_directories(args))["rows"]  # type: ignore[return-value]  # JSON
 
 
 def resume(args: argparse.Namespace) -> list[Row]:

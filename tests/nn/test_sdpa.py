@@ -230,6 +230,31 @@ def test_what_it_does_not_take_is_torchs(why: str) -> None:
         assert torch.equal(found, F.scaled_dot_product_attention(q, k, v, **arguments))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("masked", [False, True])
+def test_under_autocast_it_is_that_of_the_cast_inputs(
+    dtype: torch.dtype, masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran: list[torch.dtype] = []
+    run = module.attention_backward
+    monkeypatch.setattr(module, "attention_backward", lambda g, *rest: (ran.append(g.dtype), run(g, *rest))[1])
+    torch.manual_seed(0)
+    inputs = [torch.randn(1, 2, 9, 16, dtype=dtype, requires_grad=True) for _ in range(3)]
+    mask = torch.randn(9, 9, dtype=dtype) if masked else None
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(*inputs, attn_mask=mask, is_causal=not masked)
+        expected = F.scaled_dot_product_attention(*inputs, attn_mask=mask, is_causal=not masked)
+    assert torch.equal(found, expected) and found.dtype == expected.dtype
+    grads = torch.autograd.grad(found.float().square().sum(), inputs)
+    assert ran == ([] if dtype == torch.float64 else [torch.bfloat16])
+    for grad, x, torchs in zip(
+        grads, inputs, torch.autograd.grad(expected.float().square().sum(), inputs), strict=True
+    ):
+        assert grad.dtype == x.dtype
+        # Both round probabilities and products to bf16: a few units of 2^-8 of the largest gradient.
+        torch.testing.assert_close(grad, torchs, rtol=0, atol=float(torchs.abs().max()) * 2**-6)
+
+
 def test_what_torch_refuses_is_refused() -> None:
     q, k = torch.randn(1, 4, 6, 8, requires_grad=True), torch.randn(1, 3, 6, 8)
     with pytest.raises(RuntimeError):

@@ -154,3 +154,17 @@ def test_a_function_set_within_stays() -> None:
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is own
     finally:
         del ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_loop_trains_with_this_gradient(dtype: str, again: bool, backward_calls: list[tuple]) -> None:
+    from tiny import TEXT, llama
+
+    from nybble import TrainConfig, add_lora, finetune
+
+    model = llama()
+    add_lora(model, r=4, alpha=8)
+    config = TrainConfig(steps=2, batch_size=2, seq_len=32, dtype=dtype, gradient_checkpointing=again)
+    finetune(model, torch.tensor(list(TEXT.encode())), config, show=False)
+    assert len(backward_calls) == 2 * model.config.num_hidden_layers

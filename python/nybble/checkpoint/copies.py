@@ -99,7 +99,7 @@ def _shape(module: nn.Module | None, leaf: str, copied: bool) -> tuple[int, ...]
     if isinstance(module, QuantLinear):
         shapes = {"weight": (module.out_features, module.in_features)}
         if module.bias is not None:
-            shapes["bias"] = (module.out_features,)  # type: ignore[assignment]
+            shapes["bias"] = (module.out_features,)  # type: ignore[assignment]  # tuples of any length
         return shapes.get(leaf) if copied else None
     own = getattr(module, leaf, None)
     return tuple(own.shape) if isinstance(own, Tensor) else None

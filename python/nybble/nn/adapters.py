@@ -240,11 +240,11 @@ def set_adapter(model: nn.Module, which: Which) -> None:
         ValueError: the model has no such adapter.
     """
     rows = None if which is None or isinstance(which, str) else tuple(which)
-    require_names(model, (which,) if rows is None else rows)  # type: ignore[arg-type]
+    require_names(model, (which,) if rows is None else rows)  # type: ignore[arg-type]  # a str or None where there are no rows
     if rows is not None and not rows:
         raise ValueError("which is empty; give one name or None for every row of the batch")
     selection = share_selection(model)
-    selection.active, selection.rows = (which, None) if rows is None else (None, rows)  # type: ignore[assignment]
+    selection.active, selection.rows = (which, None) if rows is None else (None, rows)  # type: ignore[assignment]  # as above
 
 
 @contextmanager

@@ -91,7 +91,7 @@ class TrainedCopy(Adapted):
         selection.check_rows(args[0], type(base).__name__)
 
         def run(name: str | None, x: Tensor) -> Tensor:
-            return base(x) if name is None else held[name].module(x)  # type: ignore[misc,index]
+            return base(x) if name is None else held[name].module(x)  # type: ignore[misc,index]  # ModuleDict is typed Module
 
         return by_rows(args[0], selection.groups(self.adapters), run, selection)
 

@@ -36,7 +36,7 @@ class Positions:
         Raises:
             ValueError: what the model computes is none of the styles.
         """
-        table: Any = decoder.get_input_embeddings()  # type: ignore[operator]
+        table: Any = decoder.get_input_embeddings()  # type: ignore[operator]  # nn.Module's __getattr__ is typed Tensor | Module
         config: Any = decoder.config
         padding = getattr(config, "pad_token_id", None)
         padding = 0 if padding is None or padding < 0 else padding

@@ -55,6 +55,12 @@ def attention(
     Returns:
         [B, H, T, D] in the query's dtype.
     """
+    if not torch.compiler.is_compiling() and query.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
+        # What autocast does to torch's function, done here, so that training in bf16 has this gradient too.
+        query, key, value = _autocast(query), _autocast(key), _autocast(value)
+        attn_mask = None if attn_mask is None else _autocast(attn_mask)
+        with torch.autocast("cpu", enabled=False):
+            return attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if torch.compiler.is_compiling() or not accelerated(
         query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa
     ):
@@ -63,6 +69,11 @@ def attention(
         )
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     return _Attention.apply(query, key, value, attn_mask, is_causal, scale)
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype; fp64 and what is not floating stay, as in autocast itself."""
+    return x.to(torch.get_autocast_dtype("cpu")) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def accelerated(
@@ -76,7 +87,8 @@ def accelerated(
     enable_gqa: bool = False,
 ) -> bool:
     """Whether `attention` of these has nybble's gradient: there is one to compute, on the CPU, where torch would run
-    its flash kernel; no dropout, no gradient of the mask, no autocast, at most 512 numbers a head.
+    its flash kernel; no dropout, no gradient of the mask, at most 512 numbers a head. Under autocast `attention` casts
+    first and asks then, so this says no.
     """
     return (
         torch.is_grad_enabled()

@@ -22,7 +22,8 @@ from .config import TrainConfig, learning_rate
 from .interrupt import Interrupt
 from .metrics import Display, MetricsFile, peak_memory_bytes
 from .mode import autocast, checkpointing, training_mode
-from .optimization import RunningMean, clip, make_optimizer, set_learning_rate
+from .optim import clip_scale
+from .optimization import RunningMean, clipped_step, make_optimizer, set_learning_rate
 from .plot import plot_loss
 from .prepare import make_task
 from .report import Evaluation, Recorder, TrainReport, best_of
@@ -186,9 +187,10 @@ class Run:
             losses += part.detach()
 
         self._check_finite(step, "loss", losses.sum(), lr)
-        norms = torch.stack([clip(members, config.max_grad_norm) for members in self._members])
+        clipping = [clip_scale(members, config.max_grad_norm or None) for members in self._members]
+        norms = torch.stack([norm for norm, _ in clipping])
         self._check_finite(step, "gradient's norm", norms.sum(), lr)
-        self.optimizer.step()
+        clipped_step(self.optimizer, self._members, [factor for _, factor in clipping])
         self.optimizer.zero_grad(set_to_none=True)
         self.mean.update()
         self.step = step
@@ -285,8 +287,10 @@ class Run:
         if self.out is not None and (self.out.path / BEST).is_dir():
             report.best_dir = self.out.path / BEST
         here = environment()
-        changed = [f"{key} was {facts['environment'].get(key)!r}, is {here[key]!r}" for key in here]
-        changed = [text for key, text in zip(here, changed, strict=True) if facts["environment"].get(key) != here[key]]
+        there = facts["environment"]
+        changed = [
+            f"{key} was {there.get(key)!r}, is {value!r}" for key, value in here.items() if there.get(key) != value
+        ]
         if changed:
             self.recorder.display.say(
                 f"not where the run began ({'; '.join(changed)}): it goes on, but not to the same bits"

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .config import TrainConfig
-from .optim import build_optimizer
+from .optim import build_optimizer, step_scaled
 
 
 def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
@@ -37,9 +36,18 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_scale"]
 
 
-def clip(parameters: list[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients so that their global norm is at most max_norm (0: any); returns the norm before, fp32."""
-    return nn.utils.clip_grad_norm_(parameters, max_norm or math.inf)
+def clipped_step(
+    optimizer: torch.optim.Optimizer, members: Sequence[list[nn.Parameter]], factors: Sequence[float]
+) -> None:
+    """A step in which the gradients of every group of `members` count times the group's factor (`clip_scale`)."""
+    if len(factors) == 1:
+        step_scaled(optimizer, factors[0])
+        return
+    for parameters, factor in zip(members, factors, strict=True):
+        for parameter in parameters:
+            if parameter.grad is not None and factor != 1.0:
+                parameter.grad.mul_(factor)
+    optimizer.step()
 
 
 class RunningMean:
