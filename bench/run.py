@@ -45,6 +45,7 @@ def parts(quick: bool) -> list[tuple[str, list[str], dict[str, str]]]:
         ("rounding", ["rounding.py"], {}),
         ("attention", ["attention.py"], {}),
         ("optimizer", ["optimizer.py"], {}),
+        ("elementwise", ["elementwise.py"], {}),
         ("overhead", ["overhead.py"], {}),
     ]
 

@@ -289,6 +289,103 @@ void attention_scores_grad(const Strided& query, const Strided& key, const Strid
   run(&KernelTable::attention_scores_grad, args);
 }
 
+// Strides are elements from one row to the next.
+void rms_norm(Address x, int64_t x_stride, int dtype, int64_t rows, int64_t cols, Address weight, int weight_dtype,
+              float offset, float eps, Address out, int out_dtype, Address rstd, int threads) {
+  RmsNormArgs args;
+  args.x = {pointer<const void>(x), x_stride};
+  args.dtype = static_cast<DType>(dtype);
+  args.rows = rows;
+  args.cols = cols;
+  args.weight = pointer<const void>(weight);
+  args.weight_dtype = static_cast<DType>(weight_dtype);
+  args.offset = offset;
+  args.eps = eps;
+  args.out = pointer<void>(out);
+  args.out_dtype = static_cast<DType>(out_dtype);
+  args.rstd = pointer<float>(rstd);
+  args.threads = threads;
+  run(&KernelTable::rms_norm, args);
+}
+
+// grad_weight = 0: not wanted.
+void rms_norm_backward(Address grad, int64_t grad_stride, int grad_dtype, Address x, int64_t x_stride, int dtype,
+                       int64_t rows, int64_t cols, Address weight, int weight_dtype, float offset, Address rstd,
+                       Address grad_x, Address grad_weight, int threads) {
+  RmsNormBackwardArgs args;
+  args.grad = {pointer<const void>(grad), grad_stride};
+  args.grad_dtype = static_cast<DType>(grad_dtype);
+  args.x = {pointer<const void>(x), x_stride};
+  args.dtype = static_cast<DType>(dtype);
+  args.rows = rows;
+  args.cols = cols;
+  args.weight = pointer<const void>(weight);
+  args.weight_dtype = static_cast<DType>(weight_dtype);
+  args.offset = offset;
+  args.rstd = pointer<const float>(rstd);
+  args.grad_x = pointer<void>(grad_x);
+  args.grad_weight = pointer<float>(grad_weight);
+  args.threads = threads;
+  run(&KernelTable::rms_norm_backward, args);
+}
+
+void gated(int activation, Address gate, int64_t gate_stride, Address up, int64_t up_stride, int dtype, int64_t rows,
+           int64_t cols, Address out, int threads) {
+  GatedArgs args;
+  args.activation = static_cast<Activation>(activation);
+  args.gate = {pointer<const void>(gate), gate_stride};
+  args.up = {pointer<const void>(up), up_stride};
+  args.dtype = static_cast<DType>(dtype);
+  args.rows = rows;
+  args.cols = cols;
+  args.out = pointer<void>(out);
+  args.threads = threads;
+  run(&KernelTable::gated, args);
+}
+
+void gated_backward(int activation, Address grad, int64_t grad_stride, Address gate, int64_t gate_stride, Address up,
+                    int64_t up_stride, int dtype, int64_t rows, int64_t cols, Address grad_gate, Address grad_up,
+                    int threads) {
+  GatedBackwardArgs args;
+  args.activation = static_cast<Activation>(activation);
+  args.grad = {pointer<const void>(grad), grad_stride};
+  args.gate = {pointer<const void>(gate), gate_stride};
+  args.up = {pointer<const void>(up), up_stride};
+  args.dtype = static_cast<DType>(dtype);
+  args.rows = rows;
+  args.cols = cols;
+  args.grad_gate = pointer<void>(grad_gate);
+  args.grad_up = pointer<void>(grad_up);
+  args.threads = threads;
+  run(&KernelTable::gated_backward, args);
+}
+
+// shape: batch, heads, length, dim; strides: those of the first three.
+void rotary(Address x, int dtype, const std::array<int64_t, 4>& shape, const std::array<int64_t, 3>& strides,
+            Address cos, Address sin, int table_dtype, int64_t table_stride, bool transposed, Address out,
+            int out_dtype, const std::array<int64_t, 3>& out_strides, int threads) {
+  RotaryArgs args;
+  args.x = pointer<const void>(x);
+  args.dtype = static_cast<DType>(dtype);
+  args.batch = shape[0];
+  args.heads = shape[1];
+  args.length = shape[2];
+  args.dim = shape[3];
+  args.cos = pointer<const void>(cos);
+  args.sin = pointer<const void>(sin);
+  args.table_dtype = static_cast<DType>(table_dtype);
+  args.table_stride = table_stride;
+  args.transposed = transposed;
+  args.out = pointer<void>(out);
+  args.out_dtype = static_cast<DType>(out_dtype);
+  for (size_t i = 0; i < 3; ++i) {
+    args.x_strides[i] = strides[i];
+    args.out_strides[i] = out_strides[i];
+  }
+  args.threads = threads;
+  run(&KernelTable::rotary, args);
+}
+
 // The addresses and sizes of a weight as one object; whoever calls keeps the tensors alive.
 class WeightHandle {
  public:
@@ -492,6 +589,21 @@ PYBIND11_MODULE(_core, m) {
         py::arg("mask_dtype"), py::arg("batches"), py::arg("heads"), py::arg("group"), py::arg("rows"), py::arg("cols"),
         py::arg("depth"), py::arg("value_depth"), py::arg("diagonal"), py::arg("scale"), py::arg("p"), py::arg("ds"),
         py::arg("out_dtype"), py::arg("threads"));
+  m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("x_stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"),
+        py::arg("weight"), py::arg("weight_dtype"), py::arg("offset"), py::arg("eps"), py::arg("out"),
+        py::arg("out_dtype"), py::arg("rstd"), py::arg("threads"));
+  m.def("rms_norm_backward", &rms_norm_backward, py::arg("grad"), py::arg("grad_stride"), py::arg("grad_dtype"),
+        py::arg("x"), py::arg("x_stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("weight"),
+        py::arg("weight_dtype"), py::arg("offset"), py::arg("rstd"), py::arg("grad_x"), py::arg("grad_weight"),
+        py::arg("threads"));
+  m.def("gated", &gated, py::arg("activation"), py::arg("gate"), py::arg("gate_stride"), py::arg("up"),
+        py::arg("up_stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("out"), py::arg("threads"));
+  m.def("gated_backward", &gated_backward, py::arg("activation"), py::arg("grad"), py::arg("grad_stride"),
+        py::arg("gate"), py::arg("gate_stride"), py::arg("up"), py::arg("up_stride"), py::arg("dtype"), py::arg("rows"),
+        py::arg("cols"), py::arg("grad_gate"), py::arg("grad_up"), py::arg("threads"));
+  m.def("rotary", &rotary, py::arg("x"), py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("cos"),
+        py::arg("sin"), py::arg("table_dtype"), py::arg("table_stride"), py::arg("transposed"), py::arg("out"),
+        py::arg("out_dtype"), py::arg("out_strides"), py::arg("threads"));
 
   py::class_<WeightHandle>(m, "Weight", "Addresses of a quantized weight; whoever holds it keeps the tensors alive.")
       .def_static("four_bit", &WeightHandle::four_bit, py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),

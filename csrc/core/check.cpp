@@ -38,6 +38,24 @@ Status check_adamw(const AdamWArgs& args) {
                 in_range(args.threads, 1, 4096, "threads")});
 }
 
+Status matrix_ok(int64_t rows, int64_t cols) {
+  return first({in_range(rows, 0, kMaxElements, "rows"), in_range(cols, 0, kMaxElements, "cols"),
+                rows > 0 && cols > kMaxElements / rows ? bad_argument("cols", cols) : success()});
+}
+
+// They are only read, so they may overlap, or be one row many times.
+Status rows_ok(const ElementRows& rows, int64_t count, const char* what) {
+  return first({non_null(rows.data, count, what), in_range(rows.stride, 0, kMaxElements, what)});
+}
+
+// Two dtypes that a kernel converts between: the same, or one of them fp32.
+Status pair_ok(DType dtype, DType x, const char* what) {
+  return dtype == x || dtype == DType::f32 || x == DType::f32 ? success()
+                                                              : bad_argument(what, static_cast<int64_t>(dtype));
+}
+
+Status activation_ok(Activation activation) { return in_range(static_cast<int64_t>(activation), 0, 1, "activation"); }
+
 }  // namespace
 
 Status check(const Packed4& weight, int64_t count) {
@@ -130,6 +148,65 @@ Status check(const AdamW8Args& args) {
 Status check(const SquaresArgs& args) {
   return first({in_range(args.count, 0, kMaxElements, "count"), valid_dtype(args.dtype, "dtype"),
                 non_null(args.x, args.count, "x"), non_null(args.sums, args.count, "sums"),
+                in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const RmsNormArgs& args) {
+  const Status sizes = matrix_ok(args.rows, args.cols);
+  if (!sizes.ok()) return sizes;
+  const int64_t count = args.rows * args.cols;
+  return first({rows_ok(args.x, count, "x"), valid_dtype(args.dtype, "dtype"), non_null(args.weight, count, "weight"),
+                valid_dtype(args.weight_dtype, "weight.dtype"), valid_dtype(args.out_dtype, "out.dtype"),
+                pair_ok(args.out_dtype, args.dtype, "out.dtype"), non_null(args.out, count, "out"),
+                non_null(args.rstd, args.rows, "rstd"), in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const RmsNormBackwardArgs& args) {
+  const Status sizes = matrix_ok(args.rows, args.cols);
+  if (!sizes.ok()) return sizes;
+  const int64_t count = args.rows * args.cols;
+  return first({rows_ok(args.x, count, "x"), rows_ok(args.grad, count, "grad"), valid_dtype(args.dtype, "dtype"),
+                valid_dtype(args.grad_dtype, "grad.dtype"), pair_ok(args.grad_dtype, args.dtype, "grad.dtype"),
+                non_null(args.weight, count, "weight"), valid_dtype(args.weight_dtype, "weight.dtype"),
+                non_null(args.rstd, args.rows, "rstd"), non_null(args.grad_x, count, "grad_x"),
+                in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const GatedArgs& args) {
+  const Status sizes = matrix_ok(args.rows, args.cols);
+  if (!sizes.ok()) return sizes;
+  const int64_t count = args.rows * args.cols;
+  return first({rows_ok(args.gate, count, "gate"), rows_ok(args.up, count, "up"), activation_ok(args.activation),
+                valid_dtype(args.dtype, "dtype"), non_null(args.out, count, "out"),
+                in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const GatedBackwardArgs& args) {
+  const Status sizes = matrix_ok(args.rows, args.cols);
+  if (!sizes.ok()) return sizes;
+  const int64_t count = args.rows * args.cols;
+  return first({rows_ok(args.grad, count, "grad"), rows_ok(args.gate, count, "gate"), rows_ok(args.up, count, "up"),
+                activation_ok(args.activation), valid_dtype(args.dtype, "dtype"),
+                non_null(args.grad_gate, count, "grad_gate"), non_null(args.grad_up, count, "grad_up"),
+                in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const RotaryArgs& args) {
+  const Status sizes = first({in_range(args.batch, 0, kMaxElements, "batch"), matrix_ok(args.heads, args.length),
+                              in_range(args.dim, 0, INT32_MAX, "dim")});
+  if (!sizes.ok()) return sizes;
+  const int64_t count = args.batch > 0 && args.heads > 0 && args.length > 0 && args.dim > 0 ? 1 : 0;
+  for (const int64_t stride : args.x_strides) {
+    if (stride < 0 || stride > kMaxElements) return bad_argument("x_strides", stride);
+  }
+  for (const int64_t stride : args.out_strides) {
+    if (stride < 0 || stride > kMaxElements) return bad_argument("out_strides", stride);
+  }
+  return first({args.dim % 2 != 0 ? bad_argument("dim", args.dim) : success(), non_null(args.x, count, "x"),
+                valid_dtype(args.dtype, "dtype"), non_null(args.cos, count, "cos"), non_null(args.sin, count, "sin"),
+                valid_dtype(args.table_dtype, "table.dtype"),
+                in_range(args.table_stride, 0, kMaxElements, "table_stride"), non_null(args.out, count, "out"),
+                valid_dtype(args.out_dtype, "out.dtype"), pair_ok(args.out_dtype, args.dtype, "out.dtype"),
                 in_range(args.threads, 1, 4096, "threads")});
 }
 

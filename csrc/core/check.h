@@ -15,6 +15,11 @@ Status check(const RoundArgs& args);
 Status check(const AdamW32Args& args);
 Status check(const AdamW8Args& args);
 Status check(const SquaresArgs& args);
+Status check(const RmsNormArgs& args);
+Status check(const RmsNormBackwardArgs& args);
+Status check(const GatedArgs& args);
+Status check(const GatedBackwardArgs& args);
+Status check(const RotaryArgs& args);
 Status check(const LinearArgs& args);
 Status check(const AttentionArgs& args);
 

@@ -229,6 +229,96 @@ struct AttentionArgs {
   int threads = 1;
 };
 
+// ---- the elementwise parts of a decoder layer; arithmetic in fp32 ---------------------------------------------------
+
+// Rows of a matrix, read where they lie; consecutive elements of a row are neighbours.
+struct ElementRows {
+  const void* data = nullptr;  // [rows, cols]
+  int64_t stride = 0;          // elements from one row to the next
+};
+
+// y = x rstd (weight + offset), rstd = 1 / sqrt(mean(x^2) + eps) of each row (arXiv 1910.07467).
+struct RmsNormArgs {
+  ElementRows x;
+  DType dtype = DType::f32;  // of x
+  int64_t rows = 0;
+  int64_t cols = 0;
+  const void* weight = nullptr;  // [cols]
+  DType weight_dtype = DType::f32;
+  float offset = 0.0F;
+  float eps = 0.0F;
+  void* out = nullptr;           // [rows, cols]
+  DType out_dtype = DType::f32;  // x's, or one of both is fp32
+  float* rstd = nullptr;         // out [rows]
+  int threads = 1;
+};
+
+// With h = x rstd and v = g (weight + offset): dx = rstd (v - h mean(v h)) of each row, dweight = sum of g h over rows.
+struct RmsNormBackwardArgs {
+  ElementRows x;
+  DType dtype = DType::f32;  // of x and grad_x
+  ElementRows grad;
+  DType grad_dtype = DType::f32;  // x's, or one of both is fp32
+  int64_t rows = 0;
+  int64_t cols = 0;
+  const void* weight = nullptr;  // [cols]
+  DType weight_dtype = DType::f32;
+  float offset = 0.0F;
+  const float* rstd = nullptr;   // [rows]
+  void* grad_x = nullptr;        // out [rows, cols]
+  float* grad_weight = nullptr;  // out [cols]; null: not wanted
+  int threads = 1;
+};
+
+// silu(z) = z sigmoid(z); gelu_tanh(z) = z sigmoid(2 sqrt(2 / pi) (z + 0.044715 z^3)), the approximation of GELU.
+enum class Activation : int32_t { silu = 0, gelu_tanh = 1 };
+
+// y = activation(gate) * up (arXiv 2002.05202), all of one dtype.
+struct GatedArgs {
+  ElementRows gate, up;
+  Activation activation = Activation::silu;
+  DType dtype = DType::f32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  void* out = nullptr;  // [rows, cols]
+  int threads = 1;
+};
+
+// grad_gate = grad * up * activation'(gate), grad_up = grad * activation(gate)
+struct GatedBackwardArgs {
+  ElementRows grad, gate, up;
+  Activation activation = Activation::silu;
+  DType dtype = DType::f32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  void* grad_gate = nullptr;  // out [rows, cols]
+  void* grad_up = nullptr;    // out [rows, cols]
+  int threads = 1;
+};
+
+// Rotary position embedding (arXiv 2104.09864), pairs a half apart. With h = dim / 2 and i < h:
+//   out[i]     = x[i]     cos[i]     - x[i + h] sin[i]
+//   out[i + h] = x[i + h] cos[i + h] + x[i]     sin[i + h]
+// `transposed` applies the transposed matrix, which takes the gradient of out to that of x.
+struct RotaryArgs {
+  const void* x = nullptr;  // [batch, heads, length, dim], the elements of a head beside each other
+  DType dtype = DType::f32;
+  int64_t x_strides[3] = {};  // of batch, heads, length; in elements
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t length = 0;
+  int64_t dim = 0;            // even
+  const void* cos = nullptr;  // [batch, length, dim], contiguous but for batches
+  const void* sin = nullptr;
+  DType table_dtype = DType::f32;
+  int64_t table_stride = 0;  // of batches, in elements; 0: all share one
+  bool transposed = false;
+  void* out = nullptr;           // [batch, heads, length, dim]
+  DType out_dtype = DType::f32;  // x's, or one of both is fp32
+  int64_t out_strides[3] = {};
+  int threads = 1;
+};
+
 struct KernelTable {
   const char* isa;
   bool bf16_dot;  // bf16 activations are multiplied as bf16 pairs with fp32 accumulation
@@ -244,6 +334,11 @@ struct KernelTable {
   Status (*adamw_8bit)(const AdamW8Args&);
   Status (*sum_of_squares)(const SquaresArgs&);
   Status (*attention_scores_grad)(const AttentionArgs&);
+  Status (*rms_norm)(const RmsNormArgs&);
+  Status (*rms_norm_backward)(const RmsNormBackwardArgs&);
+  Status (*gated)(const GatedArgs&);
+  Status (*gated_backward)(const GatedBackwardArgs&);
+  Status (*rotary)(const RotaryArgs&);
   Status (*linear_small_m)(const LinearArgs&);
   Status (*linear_panel)(const LinearArgs&);
   Status (*linear_tiles)(const LinearArgs&);      // null where the ISA has no matrix unit; bf16 only

@@ -131,6 +131,7 @@ void test_searches(Run& run);
 void test_rounding(Run& run);
 void test_optimizer(Run& run);
 void test_attention(Run& run);
+void test_elementwise(Run& run);
 void test_linear(Run& run);
 
 }  // namespace nybble::test
