@@ -71,11 +71,21 @@ def prepare(directory: Path) -> dict[str, str]:
 class Worker:
     """One way of training in its own process."""
 
-    def __init__(self, name: str, files: dict[str, str], options: dict[str, Any]) -> None:
+    def __init__(self, name: str, files: dict[str, str], options: dict[str, Any], peer_compute: str) -> None:
         tool, base, checkpointing = WAYS[name]
         model = files["nf4"] if (tool, base) == ("nybble", "nf4") else files["bf16"]
         own = options if tool == "nybble" else None
-        job = Job(tool, base, checkpointing, model, files["adapter"], files["rows.pt"], BATCH, options=own)
+        job = Job(
+            tool,
+            base,
+            checkpointing,
+            model,
+            files["adapter"],
+            files["rows.pt"],
+            BATCH,
+            options=own,
+            compute=peer_compute,
+        )
         command = [sys.executable, str(Path(__file__).with_name("finetune_worker.py")), json.dumps(asdict(job))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.seconds: list[float] = []
@@ -105,6 +115,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(WAYS))
     parser.add_argument("--keep", type=Path, help="directory for the model; kept and used again")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON: more of nybble's TrainConfig")
+    parser.add_argument(
+        "--peer-compute",
+        choices=("bf16", "fp32"),
+        default="bf16",
+        help="fp32 where the CPU has no instructions for bf16: torch's bf16 products take minutes a step there",
+    )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         directory = args.keep or Path(temporary)
@@ -112,7 +128,7 @@ def main() -> None:
         files = {name: str(directory / name) for name in names}
         if not all(Path(file).exists() for file in files.values()):
             files = prepare(directory)
-        workers = {name: Worker(name, files, args.options) for name in args.only}
+        workers = {name: Worker(name, files, args.options, args.peer_compute) for name in args.only}
         for worker in workers.values():
             worker.steps(2, timed=False)
         for _ in range(args.rounds):

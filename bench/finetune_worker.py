@@ -34,6 +34,8 @@ class Job:
     lr: float = 1e-3
     options: dict[str, Any] | None = None
     """Further fields of nybble's TrainConfig."""
+    compute: str = "bf16"
+    """Of peft: "bf16", with autocast, or "fp32", with fp32 base weights where they are not 4-bit."""
 
 
 def resident(field: str) -> int:
@@ -112,14 +114,15 @@ def peft(job: Job) -> Callable[[Steps], None]:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaForCausalLM  # noqa: F401  # likewise
 
     def run(steps: Steps) -> None:
+        compute = torch.bfloat16 if job.compute == "bf16" else torch.float32
         quantization = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=compute,
         )
         options = {"quantization_config": quantization} if job.base == "nf4" else {}
-        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.bfloat16, **options)
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=compute, **options)
         if job.base == "nf4":
             model = prepare_model_for_kbit_training(
                 model,
@@ -136,7 +139,7 @@ def peft(job: Job) -> Callable[[Steps], None]:
         rows, order = torch.load(job.tokens), Order(job)
         for step in range(1, 1_000_000):
             batch = rows[order(step, len(rows))]
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast("cpu", torch.bfloat16, enabled=job.compute == "bf16"):
                 targets = batch[:, 1:].contiguous()
                 loss = model(input_ids=batch[:, :-1], labels=targets, shift_labels=targets).loss
             loss.backward()

@@ -23,10 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn import functional
 
 from . import backends
 from .backends import BoundWeight, PackedWeight
+from .backends.products import product
 from .backends.weight import PLAIN
 from .errors import LayoutError, UnsupportedDtypeError
 
@@ -213,14 +213,14 @@ def _lora_linear(
 def _side(x: Tensor, lora_a: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
     """scaling x A^T * mask in x's dtype; for fp16, whose range the product may leave, in fp32."""
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    return scaled(functional.linear(_cast(x, dtype), _cast(lora_a, dtype)), scaling, mask)
+    return scaled(_times(_cast(x, dtype), _cast(lora_a, dtype).t()), scaling, mask)
 
 
-def scaled(product: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    """product [..., R] * scaling * mask in product's dtype, rounded once."""
+def scaled(x: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """x [..., R] * scaling * mask in x's dtype, rounded once."""
     if mask is None:
-        return product * scaling
-    return _cast(product * spread(mask * scaling, product), product.dtype)
+        return x * scaling
+    return _cast(x * spread(mask * scaling, x), x.dtype)
 
 
 def spread(rows: Tensor, like: Tensor) -> Tensor:
@@ -239,7 +239,12 @@ def _bias_gradient(g: Tensor, bias: Tensor) -> Tensor:
 def _product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     """left^T right over all rows, in the dtype of the parameter whose gradient it is."""
     dtype = torch.promote_types(left.dtype, right.dtype)
-    return (_flat(left).to(dtype).t() @ _flat(right).to(dtype)).to(like.dtype)
+    return product(_flat(left).to(dtype).t(), _flat(right).to(dtype), like.dtype)
+
+
+def _times(x: Tensor, matrix: Tensor) -> Tensor:
+    """x [..., k] . matrix [k, n]"""
+    return product(_flat(x), matrix).view(*x.shape[:-1], matrix.shape[1])
 
 
 def _lora_gradients(
@@ -255,7 +260,7 @@ def _lora_gradients(
     if torch.is_grad_enabled():
         # Differentiated once more: the saved product is a constant, so it is computed again from x and A.
         side = _side(x, lora_a, scaling, mask)
-    left = scaled(g @ lora_b.to(g.dtype), scaling, mask)
+    left = scaled(_times(g, lora_b.to(g.dtype)), scaling, mask)
     return (
         grad_input(g, weight, left, lora_a) if need_x else None,
         _bias_gradient(g, bias) if need_bias and bias is not None else None,
@@ -271,7 +276,7 @@ def _grad_input_gradients(
     need_g, need_side, need_side_weight = needs
     dside = dside_weight = None
     if side is not None and side_weight is not None:
-        dside = (gg @ side_weight.to(gg.dtype).t()).to(side.dtype) if need_side else None
+        dside = _times(gg, side_weight.to(gg.dtype).t()).to(side.dtype) if need_side else None
         dside_weight = _product(side.to(gg.dtype), gg, side_weight) if need_side_weight else None
     return linear(gg, weight) if need_g else None, dside, dside_weight
 
@@ -306,7 +311,7 @@ class _Linear(torch.autograd.Function):
             grad_input(g, ctx.weight) if need_x else None,
             None,
             _bias_gradient(g, bias) if need_bias else None,
-            (g @ side_weight.to(g.dtype)).to(side.dtype) if need_side else None,
+            _times(g, side_weight.to(g.dtype)).to(side.dtype) if need_side else None,
             _product(g, side, side_weight) if need_side_weight else None,
         )
 
@@ -467,7 +472,7 @@ def _linear_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         grad_input(g, weight) if needs[0] else None,
         *(None,) * _WEIGHT_ARGS,
         _bias_gradient(g, bias) if need_bias else None,
-        (g @ side_weight.to(g.dtype)).to(side.dtype) if need_side else None,
+        _times(g, side_weight.to(g.dtype)).to(side.dtype) if need_side else None,
         _product(g, side, side_weight) if need_side_weight else None,
     )
 

@@ -187,14 +187,14 @@ def test_every_run_gives_the_same_bits(dtype: torch.dtype) -> None:
 def test_memory_is_that_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are never all there: of a head of 1024 queries and keys in fp32 they are 4 MiB."""
     made: list[int] = []
-    scratch = module._scratch
+    scratch = module.scratch
 
     def counted(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         buffer = scratch(name, shape, dtype)
         made.append(buffer.numel() * buffer.element_size())
         return buffer
 
-    monkeypatch.setattr(module, "_scratch", counted)
+    monkeypatch.setattr(module, "scratch", counted)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 1 << 20)
     case = Case(2, (2, 1), 1024, 1024, 16, torch.float32, "causal")
     case.run(attention)

@@ -11,8 +11,6 @@ that its queries see, so a long text costs half, and never more memory than a bl
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch.nn.attention import SDPBackend
 
 from .. import _core
 from ..backends import cpu
+from ..backends.scratch import scratch
 
 #: Bytes of a block's weights, and of the gradient of its scores. Measured on two cores with 2 MiB of second-level cache
 #: each, 16 heads of 256 queries and 4 of 2048: half of it takes 1.1 to 1.2 times as long, twice of it 0.95 to 1.2.
@@ -266,14 +265,14 @@ def _backward_part(work: _Work, product: torch.dtype) -> None:
     queries = _queries_of_block(batches * heads, rows, cols, product)
     sums = None
     if queries < rows:
-        sums = [_scratch(f"sums of {i}", x.shape, torch.float32) for i, x in enumerate((work.key, work.value))]
+        sums = [scratch(f"sums of {i}", x.shape, torch.float32) for i, x in enumerate((work.key, work.value))]
     key = _flat(work.key, kv_heads, product)
     # Under a diagonal the last queries see most, so that the first product of a sum is as long as the sum.
     for first in reversed(range(0, rows, queries)):
         here = slice(first, min(first + queries, rows))
         seen = min(cols, here.stop) if work.is_causal else cols
         weights = (batches, heads, here.stop - first, seen)
-        p, ds = _scratch("p", weights, product), _scratch("ds", weights, product)
+        p, ds = scratch("p", weights, product), scratch("ds", weights, product)
         query, grad_output = work.query[:, :, here], work.grad_output[:, :, here]
         cpu.attention_scores_grad(
             query,
@@ -316,26 +315,11 @@ def _multiply(left: Tensor, right: Tensor, out: Tensor) -> None:
     if out.is_contiguous() and out.dtype == left.dtype:
         torch.bmm(left, right, out=out.view(shape))
     else:
-        out.copy_(torch.bmm(left, right, out=_scratch("product", shape, left.dtype)).view(out.shape))
+        out.copy_(torch.bmm(left, right, out=scratch("product", shape, left.dtype)).view(out.shape))
 
 
 def _add_product(left: Tensor, right: Tensor, out: Tensor, first: bool) -> None:
     """out [B, H, n, d] += left . right, or the first of these products; in fp32, whatever a product is rounded to."""
     shape = (left.shape[0], left.shape[1], right.shape[2])
-    product = torch.bmm(left, right, out=_scratch("product", shape, left.dtype)).view(out.shape)
+    product = torch.bmm(left, right, out=scratch("product", shape, left.dtype)).view(out.shape)
     out.copy_(product) if first else out.add_(product)
-
-
-_memory = threading.local()
-
-
-def _scratch(name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Memory that this thread uses again for the same `name`: new memory costs its page faults. Much is not kept."""
-    size = math.prod(shape) * dtype.itemsize
-    buffers: dict[str, Tensor] = _memory.__dict__
-    buffer = buffers.get(name)
-    if buffer is None or buffer.numel() < size:
-        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        if size <= _BLOCK_BYTES:
-            buffers[name] = buffer
-    return buffer[:size].view(dtype).view(shape)

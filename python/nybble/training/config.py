@@ -109,7 +109,8 @@ class TrainConfig:
     )
     tensorboard: bool = field(default=False, metadata=_help("write TensorBoard's files too (needs tensorboard)"))
     fused: bool = field(
-        default=True, metadata=_help("on the CPU, attention's gradient by nybble's own kernel (another order of sums)")
+        default=True,
+        metadata=_help("on the CPU, norms, gated MLPs, rotary embeddings and attention's gradient by nybble's kernels"),
     )
     plot: bool = field(default=True, metadata=_help("draw loss.png (needs matplotlib)"))
 

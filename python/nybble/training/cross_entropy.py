@@ -8,6 +8,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from ..backends.products import product, product_into, widened
 from .data.rows import IGNORE
 
 _SCRATCH = 1 << 19
@@ -147,7 +148,7 @@ class _LinearHead(_Head):
 
     def logits(self, part: Tensor) -> Tensor:
         logits = self._logits[: part.shape[0]]
-        torch.mm(part.detach().to(self.dtype), self.weight.t(), out=logits)
+        product_into(part.detach().to(self.dtype), self.weight.t(), logits)
         return logits if self.bias is None else logits.add_(self.bias)
 
     def softmax(self, logits: Tensor, targets: Tensor, wanted: bool) -> tuple[Tensor, Tensor | None]:
@@ -160,11 +161,11 @@ class _LinearHead(_Head):
                 self._add_product(self._grad_weight, grad_logits.t(), part.detach().to(self.dtype))
             if self._grad_bias is not None:
                 self._grad_bias += grad_logits.sum(0, dtype=torch.float32)
-            return grad_logits @ self.weight if self._wants_hidden else None
+            return product(grad_logits, self.weight) if self._wants_hidden else None
 
     def _add_product(self, total: Tensor, a: Tensor, b: Tensor) -> None:
-        if self.dtype == torch.float32:
-            total.addmm_(a, b)
+        if self.dtype == torch.float32 or widened(a):
+            product_into(a, b, total, add=True)
             return
         if self._product is None:
             self._product = total.new_empty(total.shape, dtype=self.dtype)

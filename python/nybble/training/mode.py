@@ -40,9 +40,13 @@ def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
     switch = None if already_on else checkpointing(model, config)
     with ExitStack() as stack:
         if config.fused and next(model.parameters()).device.type == "cpu":
+            from .lean import lean
             from .lean_attention import lean_attention
+            from .lean_products import lean_products
 
+            stack.enter_context(lean_products())
             stack.enter_context(lean_attention())
+            stack.enter_context(lean(model))
         if switch is not None:
             getattr(_encoder(model), f"{switch}_enable")(**{f"{switch}_kwargs": {"use_reentrant": False}})
             stack.callback(getattr(_encoder(model), f"{switch}_disable"))

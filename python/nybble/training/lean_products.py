@@ -1,0 +1,75 @@
+"""Linear layers in bf16 and fp16 on CPUs without instructions for them, for as long as a context lasts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from ..backends.products import emulated, plain, product
+
+
+class _Linear(torch.autograd.Function):
+    """x [..., k] W^T + bias in `dtype`, to which the operands are rounded first, as autocast does."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        x = x.to(dtype)  # what autocast saves: a layer after this one has it too
+        ctx.save_for_backward(x, weight)
+        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        y = product(_flat(x), weight.to(dtype).t()).view(*x.shape[:-1], weight.shape[0])
+        return y if bias is None else y.add_(bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        _, weight_dtype, bias_dtype = ctx.dtypes
+        rows = _flat(grad)
+        return (
+            product(rows, weight.to(grad.dtype)).view(x.shape) if need_x else None,
+            product(rows.t(), _flat(x), weight_dtype) if need_weight else None,
+            rows.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None,
+            None,
+        )
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.flatten(0, -2)
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """torch.nn.functional.linear"""
+    operands = (input, weight) if bias is None else (input, weight, bias)
+    dtypes = {t.dtype for t in operands}
+    if torch.is_autocast_enabled("cpu") and torch.float64 not in dtypes:
+        dtypes = {torch.get_autocast_dtype("cpu")}
+    dtype = dtypes.pop()
+    if dtypes or not emulated(dtype) or not all(map(plain, operands)) or weight.dim() != 2 or input.dim() < 2:
+        return F.linear(input, weight, bias)
+    return _Linear.apply(input, weight, bias, dtype)
+
+
+class _Redirected(TorchFunctionMode):
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
+
+
+@contextmanager
+def lean_products() -> Iterator[None]:
+    """Within it, and on a CPU whose torch multiplies bf16 or fp16 matrices a number at a time,
+    `torch.nn.functional.linear` computes such products in fp32 and rounds them once, forward and backward; autocast is
+    heeded. Anywhere else it does nothing. Of the thread that enters it; backward passes may come later, but for those
+    that compute layers again (gradient checkpointing).
+    """
+    if not any(map(emulated, (torch.bfloat16, torch.float16))):
+        yield
+        return
+    with _Redirected():
+        yield

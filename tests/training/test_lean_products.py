@@ -1,0 +1,113 @@
+"""Linear layers in 16 bits, computed in fp32, are what autocast computes but for the rounding of its sums."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nybble.backends import products
+from nybble.training import lean_products as module
+from nybble.training.lean_products import lean_products
+
+
+@pytest.fixture(autouse=True)
+def emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU without instructions for bf16, whatever this one has."""
+
+    def slow(dtype: torch.dtype) -> bool:
+        return dtype in (torch.bfloat16, torch.float16)
+
+    monkeypatch.setattr(products, "emulated", slow)
+    monkeypatch.setattr(module, "emulated", slow)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.dtype]]:
+    """The dtypes of the products that were computed in fp32."""
+    seen: list[torch.dtype] = []
+    original = module.product
+
+    def counted(left: Tensor, right: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        seen.append(left.dtype)
+        return original(left, right, dtype)
+
+    monkeypatch.setattr(module, "product", counted)
+    yield seen
+
+
+def gradients(layer: nn.Module, x: Tensor, towards: Tensor, autocast: bool) -> list[Tensor]:
+    leaf = x.clone().requires_grad_()
+    layer.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        y = layer(leaf)
+    y.backward(towards.to(y.dtype))
+    return [y.detach(), *(t.grad for t in (leaf, *layer.parameters()) if t.grad is not None)]
+
+
+@pytest.mark.parametrize(
+    ("weight", "input_", "autocast"),
+    [
+        (torch.float32, torch.float32, True),
+        (torch.bfloat16, torch.float32, True),
+        (torch.bfloat16, torch.bfloat16, True),
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.float16, torch.float16, False),
+    ],
+)
+@pytest.mark.parametrize("bias", [False, True])
+def test_results_and_gradients(
+    weight: torch.dtype, input_: torch.dtype, autocast: bool, bias: bool, calls: list[torch.dtype]
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(24, 40, bias=bias).to(weight)
+    x, towards = torch.randn(2, 5, 24).to(input_), torch.randn(2, 5, 40)
+    expected = gradients(layer, x, towards, autocast)
+    assert not calls
+    with lean_products():
+        actual = gradients(layer, x, towards, autocast)
+    assert len(calls) == 3
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        assert (a - b).abs().max() <= 0.02 * b.abs().max()
+
+
+def test_what_it_does_not_take_is_torchs(calls: list[torch.dtype]) -> None:
+    x = torch.randn(3, 8)
+    with lean_products():
+        assert torch.equal(F.linear(x, x), x @ x.t())
+        assert torch.equal(F.linear(x.double(), x.double()), x.double() @ x.double().t())
+        F.linear(x[0].bfloat16(), x.bfloat16())  # a vector
+        F.linear(x.bfloat16(), x[0].bfloat16())
+        with pytest.raises(RuntimeError):
+            F.linear(x.bfloat16(), x)  # two dtypes, no autocast
+        assert not calls
+        with pytest.raises(ValueError, match=r"shapes \[3, 8\] and \[9, 3\]"):
+            F.linear(x.bfloat16(), torch.randn(3, 9).bfloat16())
+        assert F.linear(x.bfloat16()[:0], x.bfloat16()).shape == (0, 3)
+        assert F.linear(x.bfloat16()[None, :, :0], x.bfloat16()[:, :0]).eq(0).all()
+
+
+def test_layers_that_are_computed_again_in_the_backward_pass(calls: list[torch.dtype]) -> None:
+    torch.manual_seed(0)
+    layer = nn.Linear(8, 8).bfloat16()
+    x = torch.randn(3, 8).bfloat16().requires_grad_()
+    with lean_products():
+        checkpoint(layer, x, use_reentrant=False).sum().backward()
+        assert len(calls) == 3  # computed again as far as it saves something, which is before its product
+        expected = layer.weight.grad
+        layer.zero_grad()
+        layer(x).sum().backward()
+    assert expected is not None and layer.weight.grad is not None and torch.equal(expected, layer.weight.grad)
+
+
+def test_a_frozen_layer_computes_no_gradient_of_its_own(calls: list[torch.dtype]) -> None:
+    layer = nn.Linear(8, 8).bfloat16().requires_grad_(False)
+    x = torch.randn(3, 8).bfloat16().requires_grad_()
+    with lean_products():
+        layer(x).sum().backward()
+    assert len(calls) == 2 and layer.weight.grad is None
