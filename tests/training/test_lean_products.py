@@ -93,16 +93,34 @@ def test_what_it_does_not_take_is_torchs(calls: list[torch.dtype]) -> None:
 
 
 def test_layers_that_are_computed_again_in_the_backward_pass(calls: list[torch.dtype]) -> None:
+    """A frozen layer between others: the second computation must save what the first saved."""
     torch.manual_seed(0)
-    layer = nn.Linear(8, 8).bfloat16()
+    layers = nn.Sequential(
+        nn.Linear(8, 8), nn.SiLU(), nn.Linear(8, 8).requires_grad_(False), nn.Linear(8, 8)
+    ).bfloat16()
     x = torch.randn(3, 8).bfloat16().requires_grad_()
+    results = []
     with lean_products():
-        checkpoint(layer, x, use_reentrant=False).sum().backward()
-        assert len(calls) == 3  # computed again as far as it saves something, which is before its product
-        expected = layer.weight.grad
-        layer.zero_grad()
-        layer(x).sum().backward()
-    assert expected is not None and layer.weight.grad is not None and torch.equal(expected, layer.weight.grad)
+        for run in (layers, lambda x: checkpoint(layers, x, use_reentrant=False)):
+            calls.clear()
+            layers.zero_grad()
+            run(x).sum().backward()
+            results.append([p.grad for p in layers.parameters() if p.grad is not None])
+        assert len(calls) == 3 + 3 + 5  # forward, again, gradients
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True)) and len(results[0]) == 4
+
+
+def test_contexts_in_each_other_and_afterwards() -> None:
+    own = F.linear
+    with lean_products():
+        ours = F.linear
+        with lean_products():
+            assert F.linear is ours
+        assert F.linear is ours is not own
+    assert F.linear is own
+    with pytest.raises(KeyError), lean_products():
+        raise KeyError
+    assert F.linear is own
 
 
 def test_a_frozen_layer_computes_no_gradient_of_its_own(calls: list[torch.dtype]) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .data.labelled import Labelled, LabelledBatch
 from .evaluating import evaluating
+from .lean_products import lean_products
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -112,7 +113,7 @@ def accuracy(model: nn.Module, data: Labelled, batch_size: int = 32) -> Accuracy
         raise ValueError("data is empty; there is nothing to measure")
     device = next(model.parameters()).device
     correct, total = 0, 0.0
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), lean_products(), torch.no_grad():
         for indices in data.starts.diff().argsort(stable=True).split(batch_size):
             batch = data.take(indices).to(device)
             logits = class_logits(model, batch)

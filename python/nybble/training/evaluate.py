@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .data.rows import IGNORE, Rows
 from .evaluating import evaluating
+from .lean_products import lean_products
 from .loss import CausalLoss
 
 
@@ -71,7 +72,7 @@ def mean_loss(
     device = next(model.parameters()).device
     loss = CausalLoss(model, chunk)
     total = 0.0
-    with evaluating(model), torch.no_grad():
+    with evaluating(model), lean_products(), torch.no_grad():
         for start in range(0, len(rows), batch_size):
             stop = min(start + batch_size, len(rows))
             total += float(loss(rows.take(range(start, stop)).to(device)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from ..backends.products import emulated, plain, product
 
@@ -52,24 +52,35 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         dtypes = {torch.get_autocast_dtype("cpu")}
     dtype = dtypes.pop()
     if dtypes or not emulated(dtype) or not all(map(plain, operands)) or weight.dim() != 2 or input.dim() < 2:
-        return F.linear(input, weight, bias)
+        return _torchs(input, weight, bias)
     return _Linear.apply(input, weight, bias, dtype)
 
 
-class _Redirected(TorchFunctionMode):
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_linear if func is F.linear else func)(*args, **(kwargs or {}))
+_torchs = F.linear
+_lock = threading.Lock()
+_contexts = 0
 
 
 @contextmanager
 def lean_products() -> Iterator[None]:
     """Within it, and on a CPU whose torch multiplies bf16 or fp16 matrices a number at a time,
     `torch.nn.functional.linear` computes such products in fp32 and rounds them once, forward and backward; autocast is
-    heeded. Anywhere else it does nothing. Of the thread that enters it; backward passes may come later, but for those
-    that compute layers again (gradient checkpointing).
+    heeded. Anywhere else it does nothing. It holds for all threads, and backward passes may come later, but for those
+    that compute layers again (gradient checkpointing). May be nested.
     """
+    global _contexts, _torchs
     if not any(map(emulated, (torch.bfloat16, torch.float16))):
         yield
         return
-    with _Redirected():
+    # Not a TorchFunctionMode: it would be off within backward(), where checkpointed layers run again.
+    with _lock:
+        _contexts += 1
+        if _contexts == 1:
+            _torchs, F.linear = F.linear, _linear
+    try:
         yield
+    finally:
+        with _lock:
+            _contexts -= 1
+            if not _contexts and F.linear is _linear:  # and not what someone has put there since
+                F.linear = _torchs
