@@ -23,7 +23,7 @@ from pathlib import Path
 from checkpoints import run
 
 import nybble
-from nybble.demo import smollm2
+from nybble.demo import bible, smollm2
 
 Row = dict[str, object]
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +35,7 @@ VERSES = {
     "full": (2e-5, 1e-4, 5e-5),
     "LoRA": (1e-3, 2e-3, 5e-4),
     "QLoRA": (1e-3, 2e-3, 5e-4),
+    "QLoRA, calibrated": (1e-3, 2e-3, 5e-4),
     "DoRA": (1e-3, 2e-3, 5e-4),
     "bottleneck": (1e-3, 2e-3, 5e-4),
     "prefix": (1e-2, 3e-2, 3e-3),
@@ -83,8 +84,13 @@ def compare(task: str, methods: dict[str, tuple[float, ...]], args: argparse.Nam
 
 
 def verses(args: argparse.Namespace) -> list[Row]:
-    """Perplexity of verses that were not trained on."""
-    return compare("verses", VERSES, args, steps=args.steps, **smollm2_directories(args))
+    """Perplexity of verses that were not trained on. The calibrated base is rounded by texts that are trained on."""
+    directories = smollm2_directories(args)
+    calibrated = args.work / "smollm2-nf4-calibrated"
+    if not calibrated.exists():
+        texts = [chapter for book in bible.TRAINING_BOOKS for chapter in bible.chapters(book)]
+        nybble.quantize(directories["bf16"], calibrated, nybble.QuantConfig(), calibration=texts)
+    return compare("verses", VERSES, args, steps=args.steps, calibrated=str(calibrated), **directories)
 
 
 def glosses(args: argparse.Namespace) -> list[Row]:

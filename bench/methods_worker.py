@@ -32,7 +32,7 @@ WINDOW = 256
 def adapt(model: Any, method: str, text_ids: list[int]) -> None:
     """What is trained, with the sizes that papers use."""
     torch.manual_seed(0)
-    if method in ("LoRA", "QLoRA", "DoRA"):
+    if method in ("LoRA", "QLoRA", "QLoRA, calibrated", "DoRA"):
         layers.add_lora(model, r=16, alpha=32, dora=method == "DoRA")
     elif method == "bottleneck":
         layers.add_bottleneck(model, layers.BottleneckConfig(size=64))
@@ -59,11 +59,9 @@ def verses(job: dict[str, Any]) -> dict[str, object]:
     """SmolLM2; every method sees the same tokens in the same order."""
     method = job["method"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["bf16"])
-    model = (
-        nybble.load(job["nf4"])
-        if method == "QLoRA"
-        else nybble.load(job["bf16"], dtype=torch.float32 if method == "full" else None)
-    )
+    bases = {"QLoRA": "nf4", "QLoRA, calibrated": "calibrated"}
+    base = job[bases.get(method, "bf16")]
+    model = nybble.load(base, dtype=torch.float32 if method == "full" else None)
     held_out = torch.tensor(tokenizer.encode(" ".join(" ".join(bible.chapters(b)) for b in HELD_OUT)))
     before = perplexity(model, held_out, WINDOW, batch_size=BATCH)
     adapt(model, method, tokenizer.encode("And it came to pass in those days, saith the Lord, that"))

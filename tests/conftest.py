@@ -7,6 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
 
+# Before torch loads MKL: else bits of an fp32 product depend, on some CPUs, on where its operands lie in memory, and
+# what two products of the same rows have in common could not be tested.
+os.environ.setdefault("MKL_CBWR", "AUTO")
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
