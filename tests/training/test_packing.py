@@ -328,6 +328,19 @@ class Unplaced(nn.Module):
         return self.inner(ids, attention_mask=attention_mask).logits
 
 
+class Rounding(Plain):
+    """What kernels for other numbers of rows round differently, in a model that enlarges it."""
+
+    def forward(self, ids: Tensor, attention_mask: Any = None, position_ids: Any = None) -> Tensor:
+        logits = self.inner(ids, attention_mask=attention_mask, position_ids=position_ids).logits
+        return logits * (1.0 + 0.1 * (ids.shape[1] % 2))
+
+
+def test_rounding_that_depends_on_a_rows_length_is_no_reason_to_refuse() -> None:
+    loss = CausalLoss(Rounding())
+    loss(pack(from_bytes([20, 10, 9]), 64, "documents")[0].take([0]))
+
+
 @pytest.mark.parametrize(
     "make, message",
     [

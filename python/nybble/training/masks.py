@@ -101,17 +101,19 @@ class DocumentAttention:
         with evaluating(self.run):
             ids = torch.arange(6, device=device).expand(len(batch), 6) % vocabulary
             others = torch.cat([ids[:, :3] + 6, ids[:, 3:]], dim=1) % vocabulary
+            swapped = ids.roll(3, dims=1)
             try:
-                first, second = (self.forward(x, **arguments).float() for x in (ids, others))
+                first, second, leading = (self.forward(x, **arguments).float() for x in (ids, others, swapped))
             except (TypeError, ValueError, RuntimeError, AttributeError, KeyError, IndexError) as error:
                 raise ValueError(
                     f"{self._name} does not take attention_mask and position_ids for several documents in a row "
                     f"({type(error).__name__}: {str(error)[:200]}); use packing='none' or 'stream'"
                 ) from error
-            alone = self.forward(ids[:, 3:]).float()
         changed = (first - second).abs()
         # A document's own change is the measure: what rounding leaves of another's is a 256th of it in bf16.
         if changed[:, 3:].max() > 0.02 * changed[:, :3].max():
             raise ValueError(f"{self._name} lets documents of a row see each other in spite of their mask; {ADVICE}")
-        if (first[:, 3:] - alone).abs().max() > 0.05 * alone.abs().max():
+        # The same document at the beginning of such a row, so that kernels round alike: from a run of it on its own,
+        # a trained model in bf16 differed by 7% of its largest value.
+        if (first[:, 3:] - leading[:, :3]).abs().max() > 0.02 * leading[:, :3].abs().max():
             raise ValueError(f"{self._name} does not restart positions with every document of a row; {ADVICE}")
