@@ -329,11 +329,13 @@ class Unplaced(nn.Module):
 
 
 class Rounding(Plain):
-    """What kernels for other numbers of rows round differently, in a model that enlarges it."""
+    """What kernels round differently for other numbers of rows and other places in a row, enlarged by the model."""
 
     def forward(self, ids: Tensor, attention_mask: Any = None, position_ids: Any = None) -> Tensor:
         logits = self.inner(ids, attention_mask=attention_mask, position_ids=position_ids).logits
-        return logits * (1.0 + 0.1 * (ids.shape[1] % 2))
+        place = torch.arange(ids.shape[1])[:, None]
+        later = (place > 3) & (place % 3 > 0)  # of the probe's second document, all but its first token
+        return logits * (1.0 + 0.1 * (ids.shape[1] % 2) + 0.1 * later)
 
 
 def test_rounding_that_depends_on_a_rows_length_is_no_reason_to_refuse() -> None:
