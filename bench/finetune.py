@@ -119,7 +119,7 @@ def main() -> None:
         "--peer-compute",
         choices=("bf16", "fp32"),
         default="bf16",
-        help="fp32 where the CPU has no instructions for bf16: torch's bf16 products take minutes a step there",
+        help="fp32 where the CPU has no instructions for bf16: torch's bf16 products take over a minute a step there",
     )
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -216,7 +216,7 @@ def _norm(self: Any, x: Tensor, eps: str, offset: float, keeps: bool) -> Tensor:
 
 def _is_norm(module: nn.Module, eps: str, offset: float, keeps: bool) -> bool:
     generator = torch.Generator().manual_seed(0)
-    columns = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+    columns = module.get_parameter("weight").shape[0]
     # Inputs far above eps, and of its size; with a mean, which a LayerNorm would take away.
     sizes = (1.0, max(module.__dict__[eps], 1e-30) ** 0.5)
     for dtype, weight_dtype, size in itertools.product(_DTYPES, _DTYPES, sizes):

@@ -21,7 +21,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         x = x.to(dtype)  # what autocast saves: a layer after this one has it too
         ctx.save_for_backward(x, weight)
-        ctx.dtypes = (x.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         y = product(_flat(x), weight.to(dtype).t()).view(*x.shape[:-1], weight.shape[0])
         return y if bias is None else y.add_(bias)
 
@@ -30,7 +30,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        _, weight_dtype, bias_dtype = ctx.dtypes
+        weight_dtype, bias_dtype = ctx.dtypes
         rows = _flat(grad)
         return (
             product(rows, weight.to(grad.dtype)).view(x.shape) if need_x else None,
