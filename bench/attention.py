@@ -1,8 +1,8 @@
-"""Attention's backward pass, bf16, causal: nybble.nn.sdpa beside torch's scaled_dot_product_attention.
+"""Attention in training, bf16, causal: nybble.nn.sdpa beside torch's scaled_dot_product_attention.
 
 python bench/attention.py [--seconds S]
 
-The forward pass is torch's in both; a second table has the two together. Inputs lie as a decoder layer makes them:
+Tables of the backward pass and of the two together. Inputs lie as a decoder layer makes them:
 queries and keys head after head, values and gradients with their heads side by side.
 """
 

@@ -257,35 +257,50 @@ AttentionTensor attention_tensor(const Strided& x) {
 }
 
 // mask_dtype = -1: boolean.
-void attention_scores_grad(const Strided& query, const Strided& key, const Strided& value, const Strided& output,
-                           const Strided& grad_output, int dtype, const Strided& logsumexp, const Strided& mask,
-                           int mask_dtype, int64_t batches, int64_t heads, int64_t group, int64_t rows, int64_t cols,
-                           int64_t depth, int64_t value_depth, int64_t diagonal, float scale, Address p, Address ds,
-                           int out_dtype, int threads) {
+void fill_inputs(AttentionInputs* args, const Strided& query, const Strided& key, const Strided& value, int dtype,
+                 const Strided& mask, int mask_dtype, const std::array<int64_t, 7>& sizes, int64_t diagonal,
+                 float scale, int threads) {
+  args->query = attention_tensor(query);
+  args->key = attention_tensor(key);
+  args->value = attention_tensor(value);
+  args->dtype = static_cast<DType>(dtype);
+  args->mask = attention_tensor(mask);
+  args->mask_is_boolean = mask_dtype == -1;
+  args->mask_dtype = args->mask_is_boolean ? DType::f32 : static_cast<DType>(mask_dtype);
+  args->batches = sizes[0];
+  args->heads = sizes[1];
+  args->group = sizes[2];
+  args->rows = sizes[3];
+  args->cols = sizes[4];
+  args->depth = sizes[5];
+  args->value_depth = sizes[6];
+  args->diagonal = diagonal;
+  args->scale = scale;
+  args->threads = threads;
+}
+
+void attention_forward(const Strided& query, const Strided& key, const Strided& value, int dtype, const Strided& mask,
+                       int mask_dtype, const std::array<int64_t, 7>& sizes, int64_t diagonal, float scale,
+                       const Strided& output, Address logsumexp, int threads) {
+  AttentionForwardArgs args;
+  fill_inputs(&args, query, key, value, dtype, mask, mask_dtype, sizes, diagonal, scale, threads);
+  args.output = attention_tensor(output);
+  args.logsumexp = pointer<float>(logsumexp);
+  run(&KernelTable::attention_forward, args);
+}
+
+void attention_scores_grad(const Strided& query, const Strided& key, const Strided& value, int dtype,
+                           const Strided& mask, int mask_dtype, const std::array<int64_t, 7>& sizes, int64_t diagonal,
+                           float scale, const Strided& output, const Strided& grad_output, const Strided& logsumexp,
+                           Address p, Address ds, int out_dtype, int threads) {
   AttentionArgs args;
-  args.query = attention_tensor(query);
-  args.key = attention_tensor(key);
-  args.value = attention_tensor(value);
+  fill_inputs(&args, query, key, value, dtype, mask, mask_dtype, sizes, diagonal, scale, threads);
   args.output = attention_tensor(output);
   args.grad_output = attention_tensor(grad_output);
-  args.dtype = static_cast<DType>(dtype);
   args.logsumexp = attention_tensor(logsumexp);
-  args.mask = attention_tensor(mask);
-  args.mask_is_boolean = mask_dtype == -1;
-  args.mask_dtype = args.mask_is_boolean ? DType::f32 : static_cast<DType>(mask_dtype);
-  args.batches = batches;
-  args.heads = heads;
-  args.group = group;
-  args.rows = rows;
-  args.cols = cols;
-  args.depth = depth;
-  args.value_depth = value_depth;
-  args.diagonal = diagonal;
-  args.scale = scale;
   args.p = pointer<void>(p);
   args.ds = pointer<void>(ds);
   args.out_dtype = static_cast<DType>(out_dtype);
-  args.threads = threads;
   run(&KernelTable::attention_scores_grad, args);
 }
 
@@ -584,10 +599,13 @@ PYBIND11_MODULE(_core, m) {
         py::arg("threads"));
 
   m.attr("MAX_HEAD_DEPTH") = kMaxHeadDepth;
+  // sizes: batches, heads, group, rows, cols, depth, value_depth
+  m.def("attention_forward", &attention_forward, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("dtype"),
+        py::arg("mask"), py::arg("mask_dtype"), py::arg("sizes"), py::arg("diagonal"), py::arg("scale"),
+        py::arg("output"), py::arg("logsumexp"), py::arg("threads"));
   m.def("attention_scores_grad", &attention_scores_grad, py::arg("query"), py::arg("key"), py::arg("value"),
-        py::arg("output"), py::arg("grad_output"), py::arg("dtype"), py::arg("logsumexp"), py::arg("mask"),
-        py::arg("mask_dtype"), py::arg("batches"), py::arg("heads"), py::arg("group"), py::arg("rows"), py::arg("cols"),
-        py::arg("depth"), py::arg("value_depth"), py::arg("diagonal"), py::arg("scale"), py::arg("p"), py::arg("ds"),
+        py::arg("dtype"), py::arg("mask"), py::arg("mask_dtype"), py::arg("sizes"), py::arg("diagonal"),
+        py::arg("scale"), py::arg("output"), py::arg("grad_output"), py::arg("logsumexp"), py::arg("p"), py::arg("ds"),
         py::arg("out_dtype"), py::arg("threads"));
   m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("x_stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"),
         py::arg("weight"), py::arg("weight_dtype"), py::arg("offset"), py::arg("eps"), py::arg("out"),

@@ -236,33 +236,60 @@ Status check(const LinearArgs& args) {
                 args.grad_input && args.bias != nullptr ? bad_argument("bias", 1) : success()});
 }
 
-Status check(const AttentionArgs& args) {
+namespace {
+
+// Sizes, and the number of scores, which is below 0 where there are too many.
+Status check_inputs(const AttentionInputs& args, int64_t* count) {
   const Status sizes = first(
       {in_range(args.batches, 0, kMaxElements, "batches"), in_range(args.heads, 0, kMaxElements, "heads"),
        in_range(args.rows, 0, kMaxElements, "rows"), in_range(args.cols, 0, kMaxElements, "cols"),
        in_range(args.depth, 1, kMaxHeadDepth, "depth"), in_range(args.value_depth, 1, kMaxHeadDepth, "value_depth"),
        in_range(args.group, 1, larger(args.heads, 1), "group"), valid_dtype(args.dtype, "dtype"),
-       valid_dtype(args.mask_dtype, "mask.dtype"), valid_dtype(args.out_dtype, "out.dtype"),
-       in_range(args.diagonal, -kMaxElements, kMaxElements, "diagonal"), in_range(args.threads, 1, 4096, "threads")});
+       valid_dtype(args.mask_dtype, "mask.dtype"), in_range(args.diagonal, -kMaxElements, kMaxElements, "diagonal"),
+       in_range(args.threads, 1, 4096, "threads")});
   if (!sizes.ok()) return sizes;
   if (args.heads % args.group != 0) return bad_argument("group", args.group);
-  int64_t count = 1;
+  *count = 1;
   for (const int64_t size : {args.batches, args.heads, args.rows, args.cols}) {
-    if (size > 0 && count > kMaxElements / size) return bad_argument("cols", args.cols);
-    count *= size;
+    if (size > 0 && *count > kMaxElements / size) return bad_argument("cols", args.cols);
+    *count *= size;
   }
-  const auto strides = [](const AttentionTensor& x, const char* what) {
-    // All but p and ds are only read, so that what lies along a stride may overlap.
-    return first({in_range(x.batch_stride, 0, kMaxElements, what), in_range(x.head_stride, 0, kMaxElements, what),
-                  in_range(x.row_stride, 0, kMaxElements, what)});
-  };
-  const auto tensor = [&](const AttentionTensor& x, const char* what) {
-    return first({non_null(x.data, count, what), strides(x, what)});
-  };
-  return first({tensor(args.query, "query"), tensor(args.key, "key"), tensor(args.value, "value"),
-                tensor(args.output, "output"), tensor(args.grad_output, "grad_output"),
-                tensor(args.logsumexp, "logsumexp"), strides(args.mask, "mask"), non_null(args.p, count, "p"),
-                non_null(args.ds, count, "ds")});
+  return success();
+}
+
+// What is only read may overlap along a stride.
+Status check_strides(const AttentionTensor& x, const char* what) {
+  return first({in_range(x.batch_stride, 0, kMaxElements, what), in_range(x.head_stride, 0, kMaxElements, what),
+                in_range(x.row_stride, 0, kMaxElements, what)});
+}
+
+Status check_tensor(const AttentionTensor& x, int64_t count, const char* what) {
+  return first({non_null(x.data, count, what), check_strides(x, what)});
+}
+
+Status check_tensors(const AttentionInputs& args, int64_t count) {
+  return first({check_tensor(args.query, count, "query"), check_tensor(args.key, count, "key"),
+                check_tensor(args.value, count, "value"), check_strides(args.mask, "mask")});
+}
+
+}  // namespace
+
+Status check(const AttentionForwardArgs& args) {
+  int64_t count = 0;
+  const Status inputs = check_inputs(args, &count);
+  if (!inputs.ok()) return inputs;
+  const int64_t queries = args.batches * args.heads * args.rows;
+  return first({check_tensors(args, count), check_tensor(args.output, queries, "output"),
+                non_null(args.logsumexp, queries, "logsumexp")});
+}
+
+Status check(const AttentionArgs& args) {
+  int64_t count = 0;
+  const Status inputs = first({check_inputs(args, &count), valid_dtype(args.out_dtype, "out.dtype")});
+  if (!inputs.ok()) return inputs;
+  return first({check_tensors(args, count), check_tensor(args.output, count, "output"),
+                check_tensor(args.grad_output, count, "grad_output"), check_tensor(args.logsumexp, count, "logsumexp"),
+                non_null(args.p, count, "p"), non_null(args.ds, count, "ds")});
 }
 
 }  // namespace nybble

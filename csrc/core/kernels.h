@@ -199,19 +199,13 @@ struct AttentionTensor {
 
 constexpr int64_t kMaxHeadDepth = 512;
 
-// For the backward pass of scaled dot product attention: of a block of queries the weights p and the gradient ds of
-// q . k, from which come grad_value = p^T grad_output, grad_query = ds key and grad_key = ds^T query.
-//   p  = exp(scale q . k + mask - logsumexp), 0 where a key is masked or logsumexp is -infinity
-//   ds = p (grad_output . v - output . grad_output) scale
-struct AttentionArgs {
-  AttentionTensor query;        // [batches, heads, rows, depth]
-  AttentionTensor key;          // [batches, heads / group, cols, depth]
-  AttentionTensor value;        // [batches, heads / group, cols, value_depth]
-  AttentionTensor output;       // [batches, heads, rows, value_depth]
-  AttentionTensor grad_output;  // [batches, heads, rows, value_depth]
-  AttentionTensor logsumexp;    // [batches, heads, rows], fp32
-  AttentionTensor mask;         // [batches, heads, rows, cols], added, or one byte: 0 hides a key; null: none
-  DType dtype = DType::f32;     // of the first five
+// Scaled dot product attention of a block of queries. Scores are scale q . k + mask, -infinity where a key is hidden.
+struct AttentionInputs {
+  AttentionTensor query;     // [batches, heads, rows, depth]
+  AttentionTensor key;       // [batches, heads / group, cols, depth]
+  AttentionTensor value;     // [batches, heads / group, cols, value_depth]
+  AttentionTensor mask;      // [batches, heads, rows, cols], added, or one byte: 0 hides a key; null: none
+  DType dtype = DType::f32;  // of the first three
   DType mask_dtype = DType::f32;
   bool mask_is_boolean = false;
   int64_t batches = 0;
@@ -223,10 +217,27 @@ struct AttentionArgs {
   int64_t value_depth = 0;
   int64_t diagonal = 0;  // row r sees columns j <= r + diagonal; cols or more: all
   float scale = 1.0F;
-  void* p = nullptr;   // out [batches, heads, rows, cols], contiguous
-  void* ds = nullptr;  // likewise
-  DType out_dtype = DType::f32;
   int threads = 1;
+};
+
+//   logsumexp = log sum_j exp(score_j), -infinity where all keys are hidden
+//   output    = sum_j exp(score_j - logsumexp) value_j, 0 where all keys are hidden
+struct AttentionForwardArgs : AttentionInputs {
+  AttentionTensor output;      // [batches, heads, rows, value_depth], in `dtype`; written
+  float* logsumexp = nullptr;  // out [batches, heads, rows], contiguous
+};
+
+// For the backward pass: the weights p and the gradient ds of q . k, from which come grad_value = p^T grad_output,
+// grad_query = ds key and grad_key = ds^T query.
+//   p  = exp(score - logsumexp), 0 where a key is hidden or logsumexp is -infinity
+//   ds = p (grad_output . v - output . grad_output) scale
+struct AttentionArgs : AttentionInputs {
+  AttentionTensor output;       // [batches, heads, rows, value_depth], in `dtype`
+  AttentionTensor grad_output;  // likewise
+  AttentionTensor logsumexp;    // [batches, heads, rows], fp32
+  void* p = nullptr;            // out [batches, heads, rows, cols], contiguous
+  void* ds = nullptr;           // likewise
+  DType out_dtype = DType::f32;
 };
 
 // ---- the elementwise parts of a decoder layer; arithmetic in fp32 ---------------------------------------------------
@@ -333,6 +344,7 @@ struct KernelTable {
   Status (*adamw_32bit)(const AdamW32Args&);
   Status (*adamw_8bit)(const AdamW8Args&);
   Status (*sum_of_squares)(const SquaresArgs&);
+  Status (*attention_forward)(const AttentionForwardArgs&);
   Status (*attention_scores_grad)(const AttentionArgs&);
   Status (*rms_norm)(const RmsNormArgs&);
   Status (*rms_norm_backward)(const RmsNormBackwardArgs&);

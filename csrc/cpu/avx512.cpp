@@ -4,6 +4,7 @@
 #if NYBBLE_X86
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "core/half.h"

@@ -15,21 +15,22 @@
 // thread count nor the tiling changes a bit.
 
 constexpr int64_t kStrip = kTileVectors * kLanes;
-constexpr int64_t kChunk = 512;          // contraction indices decoded at a time
+constexpr int64_t kMostChunk = 1024;     // contraction indices decoded at a time, of any Step
 constexpr int64_t kForwardColumns = 64;  // rows of W in a tile
 constexpr int64_t kMostColumns = 256;    // of a tile that finish() takes
 constexpr int64_t kGradColumns = 128;    // columns of W in a tile: 64 packed bytes, one cache line
 constexpr int64_t kRowsOfTask = 1024;    // rows of x that share one decode
 
 static_assert(kForwardColumns % kStrip == 0 && kGradColumns % kStrip == 0, "strips fill a tile");
-static_assert(kGradColumns <= kChunk, "a row of a panel fits DenseRows' buffer");
-static_assert(kStrip % kLanes == 0 && kChunk % kLanes == 0, "transposition works on whole vectors");
+static_assert(kGradColumns <= kMostChunk, "a row of a panel fits DenseRows' buffer");
+static_assert(kStrip % kLanes == 0 && kMostChunk % kLanes == 0, "transposition works on whole vectors");
 
 // How a step is held and multiplied.
 struct StepF32 {
   using Element = float;
-  static constexpr int64_t kIndices = 1;  // contraction indices of a step
-  static constexpr int64_t kAlign = 1;    // rows of x are padded to a multiple of this many indices
+  static constexpr int64_t kIndices = 1;             // contraction indices of a step
+  static constexpr int64_t kAlign = 1;               // rows of x are padded to a multiple of this many indices
+  static constexpr int64_t kChunk = kMostChunk / 2;  // contraction indices decoded at a time
   static inline F32 dot(F32 acc, const char* x, F32 panel) {
     float value;
     memcpy(&value, x, sizeof value);
@@ -42,6 +43,7 @@ struct StepBf16 {
   using Element = Bf16;
   static constexpr int64_t kIndices = 2;
   static constexpr int64_t kAlign = 2;
+  static constexpr int64_t kChunk = kMostChunk;
   static inline F32 dot(F32 acc, const char* x, F32 panel) {
     uint32_t pair;
     memcpy(&pair, x, sizeof pair);
@@ -92,7 +94,7 @@ struct DenseRows {
       memcpy(static_cast<void*>(out), from, static_cast<size_t>(count) * sizeof(T));
       return;
     }
-    alignas(64) float values[kChunk];
+    alignas(64) float values[kMostChunk];
     load_floats(data, dtype, row * stride + column, count, values);
     from_floats(values, count, out);
   }
@@ -108,19 +110,30 @@ static int64_t strips_of(int64_t width) { return divide_up(width, kStrip) * kStr
 
 static int64_t steps_of(int64_t indices, int64_t per_step) { return divide_up(indices, per_step); }
 
+// Elements from one row of the buffer that is transposed to the next: a cache line more than a chunk, so that the rows
+// do not fall on the same lines of the first-level cache.
+template <class Step>
+constexpr int64_t kBufferRow = Step::kChunk + 64 / static_cast<int64_t>(sizeof(typename Step::Element));
+
+// What pack_transposed and pack_straight put rows into.
+template <class Step>
+static size_t pack_buffer_bytes() {
+  return static_cast<size_t>(larger(kLanes * kBufferRow<Step>, 2 * kGradColumns)) * sizeof(typename Step::Element);
+}
+
 // Rows of `source` are columns of the panel: column j of the panel is source row first_row + j.
 template <class Step, class Source>
 static void pack_transposed(const Source& source, int64_t first_row, int64_t rows, int64_t column, int64_t count,
                             typename Step::Element* buffer, uint32_t* panel) {
   using Element = typename Step::Element;
-  constexpr int64_t kBufferStride = kChunk * static_cast<int64_t>(sizeof(Element)) / 4;
+  constexpr int64_t kBufferStride = kBufferRow<Step> * static_cast<int64_t>(sizeof(Element)) / 4;
   const int64_t steps = divide_up(steps_of(count, Step::kIndices), kLanes) * kLanes;
   for (int64_t group = 0; group < strips_of(rows); group += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      Element* out = buffer + lane * kChunk;
+      Element* out = buffer + lane * kBufferRow<Step>;
       const int64_t here = group + lane < rows ? count : 0;
       if (here > 0) {
-        source.fetch(first_row + group + lane, column + kChunk, kChunk);
+        source.fetch(first_row + group + lane, column + Step::kChunk, Step::kChunk);
         source.row(first_row + group + lane, column, here, out);
       }
       memset(static_cast<void*>(out + here), 0, static_cast<size_t>(steps * Step::kIndices - here) * sizeof(Element));
@@ -181,15 +194,21 @@ struct Operand {
   int64_t stride = 0;  // bytes from row to row
 };
 
+constexpr int64_t kLineSteps = 16;  // of a row of x in a cache line
+
+// `next`: the rows of x that are multiplied after these, which are fetched meanwhile.
 template <class Step, int Rows>
-static void multiply_tile(const char* x, int64_t x_stride, const uint32_t* strip, int64_t steps, float* acc,
-                          int64_t acc_stride) {
+static void multiply_tile(const char* x, const char* next, int64_t x_stride, const uint32_t* strip, int64_t steps,
+                          float* acc, int64_t acc_stride) {
   F32 sums[Rows][kTileVectors];
   for (int row = 0; row < Rows; ++row) {
     for (int v = 0; v < kTileVectors; ++v) sums[row][v] = load(acc + row * acc_stride + v * kLanes);
   }
   const float* panel = reinterpret_cast<const float*>(strip);
   for (int64_t step = 0; step < steps; ++step, panel += kStrip, x += 4) {
+    if (step % kLineSteps == 0) {
+      for (int row = 0; row < Rows; ++row) prefetch_near(next + row * x_stride + step * 4);
+    }
     F32 columns[kTileVectors];
     for (int v = 0; v < kTileVectors; ++v) columns[v] = load(panel + v * kLanes);
     for (int row = 0; row < Rows; ++row) {
@@ -202,21 +221,21 @@ static void multiply_tile(const char* x, int64_t x_stride, const uint32_t* strip
 }
 
 template <class Step>
-static void multiply_rows(int64_t rows, const char* x, int64_t x_stride, const uint32_t* strip, int64_t steps,
-                          float* acc, int64_t acc_stride) {
+static void multiply_rows(int64_t rows, const char* x, const char* next, int64_t x_stride, const uint32_t* strip,
+                          int64_t steps, float* acc, int64_t acc_stride) {
   switch (rows) {
     case 1:
-      return multiply_tile<Step, 1>(x, x_stride, strip, steps, acc, acc_stride);
+      return multiply_tile<Step, 1>(x, next, x_stride, strip, steps, acc, acc_stride);
     case 2:
-      return multiply_tile<Step, 2>(x, x_stride, strip, steps, acc, acc_stride);
+      return multiply_tile<Step, 2>(x, next, x_stride, strip, steps, acc, acc_stride);
     case 3:
-      return multiply_tile<Step, 3>(x, x_stride, strip, steps, acc, acc_stride);
+      return multiply_tile<Step, 3>(x, next, x_stride, strip, steps, acc, acc_stride);
     case 4:
-      return multiply_tile<Step, 4>(x, x_stride, strip, steps, acc, acc_stride);
+      return multiply_tile<Step, 4>(x, next, x_stride, strip, steps, acc, acc_stride);
     case 5:
-      return multiply_tile<Step, 5>(x, x_stride, strip, steps, acc, acc_stride);
+      return multiply_tile<Step, 5>(x, next, x_stride, strip, steps, acc, acc_stride);
     default:
-      return multiply_tile<Step, kTileRows>(x, x_stride, strip, steps, acc, acc_stride);
+      return multiply_tile<Step, kTileRows>(x, next, x_stride, strip, steps, acc, acc_stride);
   }
 }
 
@@ -227,7 +246,9 @@ static void multiply(const char* x, int64_t x_stride, int64_t rows, const uint32
   const int64_t padded = divide_up(steps, kLanes) * kLanes;
   for (int64_t row = 0; row < rows; row += kTileRows) {
     for (int64_t column = 0; column < columns; column += kStrip) {
-      multiply_rows<Step>(smaller(kTileRows, rows - row), x + row * x_stride, x_stride,
+      const char* here = x + row * x_stride;
+      const char* next = row + 2 * kTileRows <= rows ? here + kTileRows * x_stride : here;
+      multiply_rows<Step>(smaller(kTileRows, rows - row), here, next, x_stride,
                           panel + column / kStrip * padded * kStrip, steps, acc + row * columns + column, columns);
     }
   }
@@ -248,10 +269,10 @@ struct ConvertJob {
 template <class Element>
 static void convert_task(void* context, int64_t row) {
   const ConvertJob& job = *static_cast<const ConvertJob*>(context);
-  alignas(64) float values[kChunk];
+  alignas(64) float values[kMostChunk];
   Element* to = static_cast<Element*>(job.to) + row * job.padded;
-  for (int64_t at = 0; at < job.columns; at += kChunk) {
-    const int64_t count = smaller(kChunk, job.columns - at);
+  for (int64_t at = 0; at < job.columns; at += kMostChunk) {
+    const int64_t count = smaller(kMostChunk, job.columns - at);
     load_floats(job.from, job.dtype, row * job.stride + at, count, values);
     from_floats(values, count, to + at);
   }
@@ -301,8 +322,8 @@ struct TaskMemory {
 
 template <class Step>
 static bool task_memory(int64_t rows, int64_t tile, int64_t panel_bytes, TaskMemory* memory, Failure* failure) {
-  const size_t panel = static_cast<size_t>(larger(kChunk * tile * 4, panel_bytes));
-  const size_t buffer = static_cast<size_t>(larger(kLanes * kChunk, 2 * kGradColumns)) * sizeof(typename Step::Element);
+  const size_t panel = static_cast<size_t>(larger(Step::kChunk / Step::kIndices * tile * 4, panel_bytes));
+  const size_t buffer = pack_buffer_bytes<Step>();
   const size_t acc = static_cast<size_t>(rows * tile) * sizeof(float);
   memory->panel = static_cast<uint32_t*>(scratch(Slot::panel, panel));
   memory->rows = scratch(Slot::rows, buffer);
@@ -318,8 +339,8 @@ static void contract(const Source& source, const Operand& operand, int64_t lengt
                      int64_t first_column, int64_t width, int64_t first_row, int64_t rows, const TaskMemory& memory) {
   auto* buffer = static_cast<typename Step::Element*>(memory.rows);
   const char* x = operand.data + first_row * operand.stride;
-  for (int64_t at = 0; at < length; at += kChunk) {
-    const int64_t count = smaller(kChunk, length - at);
+  for (int64_t at = 0; at < length; at += Step::kChunk) {
+    const int64_t count = smaller(Step::kChunk, length - at);
     if (transposed) {
       pack_transposed<Step>(source, first_column, width, at, count, buffer, memory.panel);
     } else {

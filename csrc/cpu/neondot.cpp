@@ -4,6 +4,7 @@
 #if NYBBLE_ARM64_EXTENSIONS
 #include <arm_neon.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "core/half.h"

@@ -27,6 +27,14 @@ static inline F32 clamp_unit(F32 v) {
 static inline F32 within(F32 v, float low, float high) {
   return _mm256_max_ps(_mm256_set1_ps(low), _mm256_min_ps(_mm256_set1_ps(high), v));
 }
+// The larger one, b where either is NaN.
+static inline F32 maximum(F32 a, F32 b) { return _mm256_max_ps(a, b); }
+// The largest lane; none is NaN.
+static inline float largest(F32 v) {
+  const __m128 half = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 pair = _mm_max_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_max_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+}
 // By 2^(n - 1), which is finite for every n, and by 2.
 static inline F32 times_power_of_two(F32 v, F32 n) {
   const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(126));

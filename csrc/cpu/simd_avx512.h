@@ -28,6 +28,10 @@ static inline F32 clamp_unit(F32 v) {
 static inline F32 within(F32 v, float low, float high) {
   return _mm512_max_ps(_mm512_set1_ps(low), _mm512_min_ps(_mm512_set1_ps(high), v));
 }
+// The larger one, b where either is NaN.
+static inline F32 maximum(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+// The largest lane; none is NaN.
+static inline float largest(F32 v) { return _mm512_reduce_max_ps(v); }
 // v * 2^n of integers n from -160 to 128, v from 1/2 to 2; what is below 2^-124 may become 0, and below 2^-150 it does.
 static inline F32 times_power_of_two(F32 v, F32 n) { return _mm512_scalef_ps(v, n); }
 // Pairwise, so that the order is fixed.

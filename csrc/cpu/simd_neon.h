@@ -29,6 +29,10 @@ static inline F32 clamp_unit(F32 v) { return vmaxq_f32(vminq_f32(v, vdupq_n_f32(
 static inline F32 within(F32 v, float low, float high) {
   return vmaxq_f32(vdupq_n_f32(low), vminq_f32(vdupq_n_f32(high), v));
 }
+// The larger one, b where either is NaN.
+static inline F32 maximum(F32 a, F32 b) { return vbslq_f32(vcgtq_f32(a, b), a, b); }
+// The largest lane; none is NaN.
+static inline float largest(F32 v) { return vmaxvq_f32(v); }
 // By 2^(n - 1), which is finite for every n, and by 2.
 static inline F32 times_power_of_two(F32 v, F32 n) {
   const int32x4_t exponent = vmaxq_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(126)), vdupq_n_s32(0));

@@ -44,6 +44,17 @@ static inline F32 within(F32 v, float low, float high) {
   NYBBLE_LANES(v.lane[i] = v.lane[i] > high ? high : v.lane[i] < low ? low : v.lane[i])
   return v;
 }
+// The larger one, b where either is NaN.
+static inline F32 maximum(F32 a, F32 b) {
+  NYBBLE_LANES(a.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i])
+  return a;
+}
+// The largest lane; none is NaN.
+static inline float largest(F32 v) {
+  float most = v.lane[0];
+  NYBBLE_LANES(most = v.lane[i] > most ? v.lane[i] : most)
+  return most;
+}
 // By 2^(n - 1), which is finite for every n, and by 2. An integer added to 1.5 * 2^23 is in the low bits of the sum,
 // which says something of a NaN too, where a conversion is undefined.
 static inline F32 times_power_of_two(F32 v, F32 n) {

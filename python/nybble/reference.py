@@ -440,45 +440,6 @@ def round_descent(
     return codes
 
 
-def attention_scores_grad(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    grad_output: Tensor,
-    logsumexp: Tensor,
-    mask: Tensor | None,
-    diagonal: int | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """What the backward pass of scaled dot product attention needs of its softmax, in fp32 (float64 for float64).
-
-    Args:
-        query: [B, H, T, D]. key: [B, H / group, S, D]. value: [B, H / group, S, Dv].
-        output, grad_output: [B, H, T, Dv].
-        logsumexp: [B, H, T], of scale * query key^T + mask; -inf for a query that sees nothing.
-        mask: broadcast to [B, H, T, S]; bool, False hides a key, or what is added to the scores.
-        diagonal: query t sees keys up to t + diagonal; None: all.
-
-    Returns:
-        p = exp(scale * query key^T + mask - logsumexp), the weights, and
-        ds = p * (grad_output value^T - sum(output * grad_output)) * scale, the gradient of query key^T; [B, H, T, S].
-    """
-    kind = torch.promote_types(query.dtype, torch.float32)
-    query, key, value, output, grad_output = (x.to(kind) for x in (query, key, value, output, grad_output))
-    group = query.shape[1] // key.shape[1]
-    scores = scale * query @ key.repeat_interleave(group, 1).mT
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -math.inf) if mask.dtype == torch.bool else scores + mask
-    if diagonal is not None:
-        seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(diagonal)
-        scores = scores.masked_fill(~seen, -math.inf)
-    blind = logsumexp[..., None] == -math.inf
-    p = (scores - logsumexp[..., None]).exp().masked_fill(blind, 0)
-    delta = (output * grad_output).sum(-1, keepdim=True)
-    return p, p * (grad_output @ value.repeat_interleave(group, 1).mT - delta) * scale
-
-
 def _scale_per_element(absmax: Tensor, codebook: Tensor | None, block_size: int, rows: int, cols: int) -> Tensor:
     if codebook is None:
         return absmax[:, None].expand(rows, cols)

@@ -1,4 +1,4 @@
-// attention_scores_grad against its rule in double.
+// attention_forward and attention_scores_grad against their rules in double.
 //
 // The bounds are those of the sums: a score is `depth` products, the mask and the logsumexp, each rounding of it no
 // more than a unit of the sum of their magnitudes; an exponent that is off by e multiplies an exponential, which is
@@ -252,6 +252,105 @@ void check_elements(Run& run, const AttentionProblem& problem, const Output& p, 
   }
 }
 
+// What the forward pass should give for one query, and by how much it may be off. A score is off by the roundings of
+// what it is made of; sums over keys round once a key, and are multiplied by an exponential where a larger score turns
+// up, once in 64 keys; weights are rounded to what is multiplied.
+struct ForwardRow {
+  std::vector<double> output, bound;
+  double logsumexp = -kInfinite, bound_of_sum = 0.0;
+};
+
+ForwardRow forward_row(const AttentionProblem& problem, int64_t b, int64_t h, int64_t r) {
+  const Sizes& s = problem.sizes;
+  std::vector<double> exponents;
+  double largest = -kInfinite, off = 0.0;
+  for (int64_t c = 0; c < s.cols; ++c) {
+    const double added = problem.added(b, h, r, c);
+    const Score scored = score(problem, b, h, r, c);
+    exponents.push_back(scored.value + added);
+    if (added == -kInfinite) continue;
+    largest = std::max(largest, exponents.back());
+    off = std::max(off, static_cast<double>(s.depth + 4) * scored.magnitude + 4.0 * std::fabs(added));
+  }
+  ForwardRow row;
+  row.output.assign(static_cast<size_t>(s.value_depth), 0.0);
+  row.bound = row.output;
+  if (largest == -kInfinite) return row;
+  double sum = 0.0;
+  for (const double exponent : exponents) sum += std::exp(exponent - largest);
+  row.logsumexp = largest + std::log(sum);
+  const double blocks = static_cast<double>((s.cols + 63) / 64);
+  const double exponent_off = 2.0 * kUnit * off, sums = (static_cast<double>(s.cols) + 16.0 + 6.0 * blocks) * kUnit;
+  row.bound_of_sum = exponent_off + sums + 8.0 * kUnit * (std::fabs(row.logsumexp) + 1.0);
+  const double weight = problem.dtype == DType::bf16 ? 0x1p-8 : kUnit;
+  const double relative = std::expm1(2.0 * exponent_off) + 2.0 * sums + weight, unit = unit_roundoff(problem.dtype);
+  for (int64_t i = 0; i < s.value_depth; ++i) {
+    double magnitude = 0.0, all = 0.0, total = 0.0;
+    for (int64_t c = 0; c < s.cols; ++c) {
+      const double value = problem.value.at(b, h / s.group, c, i);
+      const double p = std::exp(exponents[static_cast<size_t>(c)] - row.logsumexp);
+      total += p * value;
+      magnitude += p * std::fabs(value);
+      all += std::fabs(value);
+    }
+    const double error = relative * magnitude + 0x1p-123 * (all + 1.0);
+    row.output[static_cast<size_t>(i)] = total;
+    row.bound[static_cast<size_t>(i)] = error + unit * (std::fabs(total) + error) + 2.0 * smallest_error(problem.dtype);
+  }
+  return row;
+}
+
+void check_forward(Run& run, const AttentionProblem& problem, const Output& output, const Output& sums,
+                   const std::string& what) {
+  const Sizes& s = problem.sizes;
+  const int64_t width = size_of(problem.dtype);
+  for (int64_t at = 0; at < s.batches * s.heads * s.rows; ++at) {
+    const int64_t b = at / s.rows / s.heads, h = at / s.rows % s.heads, r = at % s.rows;
+    const ForwardRow expected = forward_row(problem, b, h, r);
+    const double sum = decode(sums.bytes() + at * 4, DType::f32);
+    const bool blind = expected.logsumexp == -kInfinite;
+    bool right = blind ? sum == -kInfinite : std::fabs(sum - expected.logsumexp) <= expected.bound_of_sum;
+    for (int64_t i = 0; i < s.value_depth; ++i) {
+      const double found = decode(output.bytes() + (at * s.value_depth + i) * width, problem.dtype);
+      const size_t index = static_cast<size_t>(i);
+      right = right && std::fabs(found - expected.output[index]) <= (blind ? 0.0 : expected.bound[index]);
+    }
+    if (right) continue;
+    return run.report.fail(
+        what, format("batch %lld, head %lld, query %lld is off", (long long)b, (long long)h, (long long)r));
+  }
+}
+
+void forward_case(Run& run, Random& random) {
+  const AttentionProblem problem = random_attention(random);
+  const Sizes& s = problem.sizes;
+  const int64_t queries = s.batches * s.heads * s.rows, width = size_of(problem.dtype);
+  for (const KernelTable* table : run.tables) {
+    const std::string what = format("%s: attention_forward %s", table->isa, problem.describe().c_str());
+    Output output(queries * s.value_depth, width, 0), sums(queries, 4, 0);
+    for (int threads = 1; threads <= 3; ++threads) {
+      const std::string which = format("%s, %d threads", what.c_str(), threads);
+      Output found(queries * s.value_depth, width, threads - 1), found_sums(queries, 4, threads - 1);
+      AttentionForwardArgs args;
+      static_cast<AttentionInputs&>(args) = problem.args();
+      args.output = {found.as<uint8_t>(), s.heads * s.rows * s.value_depth, s.rows * s.value_depth, s.value_depth};
+      args.logsumexp = found_sums.as<float>();
+      args.threads = threads;
+      expect(run, check(args).ok(), which, "its arguments are refused");
+      expect(run, table->attention_forward(args).ok(), which, "fails");
+      expect(run, found.guards_intact() && found_sums.guards_intact(), which, "writes outside its outputs");
+      if (threads == 1) {
+        output = found;
+        sums = found_sums;
+        check_forward(run, problem, output, sums, which);
+      } else {
+        expect(run, found.same(output) && found_sums.same(sums), which, "other bits than one thread");
+      }
+    }
+    run.report.checked(table->isa);
+  }
+}
+
 void attention_case(Run& run, Random& random) {
   const AttentionProblem problem = random_attention(random);
   const Sizes& s = problem.sizes;
@@ -320,6 +419,20 @@ void refused_arguments(Run& run) {
     args->group = 2;
   });
   refused("threads", [](AttentionArgs* args) { args->threads = 0; });
+  AttentionForwardArgs forward;
+  static_cast<AttentionInputs&>(forward) = good;
+  forward.output = good.output;
+  forward.logsumexp = out;
+  expect(run, check(forward).ok(), "attention_forward", "its arguments are refused");
+  AttentionForwardArgs bad = forward;
+  bad.logsumexp = nullptr;
+  expect(run, std::string("logsumexp") == check(bad).what, "attention_forward", "writes to a null logsumexp");
+  bad = forward;
+  bad.output.data = nullptr;
+  expect(run, std::string("output") == check(bad).what, "attention_forward", "writes to a null output");
+  bad = forward;
+  bad.depth = 0;
+  expect(run, std::string("depth") == check(bad).what, "attention_forward", "takes heads of no depth");
 }
 
 }  // namespace
@@ -329,6 +442,7 @@ void test_attention(Run& run) {
   for (int64_t index = 0; index < run.cases; ++index) {
     Random random(run.seed * 1000033 + static_cast<uint64_t>(index));
     attention_case(run, random);
+    forward_case(run, random);
   }
 }
 

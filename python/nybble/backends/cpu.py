@@ -393,58 +393,6 @@ def _round(
     )
 
 
-def attention_scores_grad(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    output: Tensor,
-    grad_output: Tensor,
-    logsumexp: Tensor,
-    mask: Tensor | None,
-    diagonal: int | None,
-    scale: float,
-    p: Tensor,
-    ds: Tensor,
-) -> None:
-    """See `nybble.reference.attention_scores_grad`; computes in fp32 and writes to p and ds [B, H, T, S], contiguous.
-
-    The five inputs share a dtype and are, as `mask` and logsumexp, of the sizes given there (expanded where they
-    broadcast); all but logsumexp have contiguous columns. Nothing is checked again here.
-    """
-    batches, heads, rows, depth = query.shape
-    mask_code = 0 if mask is None else -1 if mask.dtype == torch.bool else DTYPE_CODES[mask.dtype]
-    _core.attention_scores_grad(
-        _strided(query),
-        _strided(key),
-        _strided(value),
-        _strided(output),
-        _strided(grad_output),
-        DTYPE_CODES[query.dtype],
-        _strided(logsumexp),
-        (0, 0, 0, 0) if mask is None else _strided(mask),
-        mask_code,
-        batches,
-        heads,
-        heads // key.shape[1],
-        rows,
-        key.shape[2],
-        depth,
-        value.shape[3],
-        key.shape[2] if diagonal is None else diagonal,
-        scale,
-        p.data_ptr(),
-        ds.data_ptr(),
-        DTYPE_CODES[p.dtype],
-        torch.get_num_threads(),
-    )
-
-
-def _strided(x: Tensor) -> tuple[int, int, int, int]:
-    """The address, and the strides of batches, heads and rows."""
-    strides = x.stride()
-    return x.data_ptr(), strides[0], strides[1], strides[2]
-
-
 def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 

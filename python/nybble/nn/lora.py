@@ -224,8 +224,13 @@ class LoRALinear(Adapted):
                 return ops.lora_linear(x, weight, bias, a, b, scaling)
             # Dropout is on the update's input alone, so its gradient reaches x by a path of its own.
             return ops.linear(x, weight, bias, self._side(x, a, adapter.dropout, scaling), b)
-        side = self._side(x, a, adapter.dropout, scaling)
-        return base(x) + functional.linear(side, self._cast(b, x))
+        return self._sum(x, self._side(x, a, adapter.dropout, scaling), b)
+
+    def _sum(self, x: Tensor, side: Tensor, b: Tensor) -> Tensor:
+        """base(x) + side b^T. The base comes last: where checkpointing computes again only what the backward pass
+        needs, and that is not this sum, it is left out (`ops.saving_first`)."""
+        update = functional.linear(side, self._cast(b, x))
+        return self.base(x) + update
 
     def _side(self, x: Tensor, a: Tensor, dropout: float, scaling: float, mask: Tensor | None = None) -> Tensor:
         dropped = functional.dropout(x, dropout, self.training)
@@ -340,7 +345,7 @@ class LoRALinear(Adapted):
             return y if base.bias is None else y + base.bias.to(y.dtype)
         dropout = next(iter(adapters.values())).dropout if self.training else 0.0
         if not isinstance(base, QuantLinear):
-            return base(x) + functional.linear(self._side(x, a, dropout, 1.0, mask), self._cast(b, x))
+            return self._sum(x, self._side(x, a, dropout, 1.0, mask), b)
         weight, bias = base.operands()
         if dropout == 0.0:
             return ops.lora_linear(x, weight, bias, a, b, 1.0, mask)

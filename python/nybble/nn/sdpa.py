@@ -1,8 +1,10 @@
-"""Scaled dot product attention on the CPU whose backward pass is fast: torch's forward kernel, another gradient.
+"""Scaled dot product attention on the CPU that is fast in training: both passes from nybble's own kernels.
 
-torch's own gradient spends nine tenths of its time outside its products. Here there are five products for a block of
-queries: two (query key^T and grad_output value^T) end in the softmax's gradient before they leave the first-level cache
-(`nybble.reference.attention_scores_grad`), and three are torch's batched products (grad_value, grad_query, grad_key).
+torch's forward kernel reaches a fifth of what the CPU multiplies, and its gradient spends nine tenths of its time
+outside its products. The forward pass here is one kernel (`nybble.reference_attention.forward`). In the backward pass
+there are five products for a block of queries: two (query key^T and grad_output value^T) end in the softmax's gradient
+before they leave the first-level cache (`nybble.reference_attention.scores_grad`), and three are torch's batched
+products (grad_value, grad_query, grad_key).
 
 A block is a few heads by a range of queries whose weights fit a core's cache. Under `is_causal` it ends at the last key
 that its queries see, so a long text costs half, and never more memory than a block's.
@@ -20,12 +22,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend
 
 from .. import _core
+from ..backends import attention as kernels
 from ..backends import cpu
 from ..backends.scratch import scratch
 
 #: Bytes of a block's weights, and of the gradient of its scores. Measured on two cores with 2 MiB of second-level cache
 #: each, 16 heads of 256 queries and 4 of 2048: half of it takes 1.1 to 1.2 times as long, twice of it 0.95 to 1.2.
 _BLOCK_BYTES = 2 << 20
+#: ISAs under which torch's forward kernel runs: it uses the matrix unit for both products, nybble's for one.
+_TORCH_FORWARD = ("amx",)
 #: Fewer queries in a block do not pay for reading the keys again.
 _LEAST_QUERIES = 64
 
@@ -40,11 +45,11 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, with a faster gradient where there is one to compute.
+    """`torch.nn.functional.scaled_dot_product_attention`, faster where there is a gradient to compute.
 
-    The output is torch's, bit for bit. So is the gradient wherever `accelerated` says no. Elsewhere it is as exact as
-    torch's: scores and their gradient are fp32, weights are rounded to the inputs' dtype when they are multiplied.
-    Only a first derivative exists, as with torch's own kernel.
+    Wherever `accelerated` says no it is torch's, bit for bit. Elsewhere it is as exact as torch's: scores, sums and the
+    gradient of scores are fp32, weights are rounded to the inputs' dtype when they are multiplied. Only a first
+    derivative exists, as with torch's own kernel.
 
     Args:
         query: [B, H, T, D]. key, value: [B, H, S, D], or with `enable_gqa` fewer heads, of which H is a multiple.
@@ -115,12 +120,7 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
     ) -> Tensor:
-        added = mask
-        if mask is not None and mask.dtype == torch.bool:
-            added = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
-        output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, key, value, 0.0, is_causal, attn_mask=added, scale=scale
-        )
+        output, logsumexp = attention_forward(query, key, value, mask, is_causal, scale)
         ctx.save_for_backward(query, key, value, mask, output, logsumexp)
         ctx.is_causal, ctx.scale = is_causal, scale
         return output
@@ -135,6 +135,29 @@ class _Attention(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             grads = _NoSecondDerivative.apply(grad_output, query, key, value, *grads)
         return *grads, None, None, None
+
+
+def attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output and logsumexp [B, H, T] of the scores; arguments as `attention` has checked them."""
+    if _core.active_isa() in _TORCH_FORWARD:
+        if mask is not None and mask.dtype == torch.bool:
+            mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, 0.0, is_causal, attn_mask=mask, scale=scale
+        )
+    query, key, value = (_with_rows(x) for x in (query, key, value))
+    mask = _expanded(mask, query, key)
+    return kernels.forward(query, key, value, mask, 0 if is_causal else None, scale)
+
+
+def _expanded(mask: Tensor | None, query: Tensor, key: Tensor) -> Tensor | None:
+    """[B, H, T, S], its columns contiguous."""
+    if mask is None:
+        return None
+    cols = key.shape[2]
+    return _with_rows(mask.expand(*mask.shape[:-1], cols)).expand(*query.shape[:3], cols)
 
 
 class _NoSecondDerivative(torch.autograd.Function):
@@ -168,10 +191,7 @@ def attention_backward(
     The same bits in every run with a number of threads.
     """
     query, key, value, output, grad_output = (_with_rows(x) for x in (query, key, value, output, grad_output))
-    batches, heads, rows = query.shape[:3]
-    cols = key.shape[2]
-    if mask is not None:
-        mask = _with_rows(mask.expand(*mask.shape[:-1], cols)).expand(batches, heads, rows, cols)
+    mask = _expanded(mask, query, key)
     grads = tuple(torch.empty_like(x) for x in (query, key, value))
     work = _Work(query, key, value, output, grad_output, logsumexp, mask, is_causal, scale, *grads)
     product = _product_dtype(query.dtype)
@@ -274,7 +294,7 @@ def _backward_part(work: _Work, product: torch.dtype) -> None:
         weights = (batches, heads, here.stop - first, seen)
         p, ds = scratch("p", weights, product), scratch("ds", weights, product)
         query, grad_output = work.query[:, :, here], work.grad_output[:, :, here]
-        cpu.attention_scores_grad(
+        kernels.scores_grad(
             query,
             work.key[:, :, :seen],
             work.value[:, :, :seen],

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
+from ..ops import saving_first
 from .config import TrainConfig
 
 
@@ -47,6 +48,8 @@ def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
             stack.enter_context(lean_products())
             stack.enter_context(lean_attention())
             stack.enter_context(lean(model))
+        if switch is not None or already_on:
+            stack.enter_context(saving_first())
         if switch is not None:
             getattr(_encoder(model), f"{switch}_enable")(**{f"{switch}_kwargs": {"use_reentrant": False}})
             stack.callback(getattr(_encoder(model), f"{switch}_disable"))

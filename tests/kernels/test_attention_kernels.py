@@ -1,4 +1,4 @@
-"""The softmax in attention's backward pass: weights and gradient of the scores as the reference, under every ISA."""
+"""Attention's forward pass and the softmax of its backward pass, as the reference, under every ISA."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nybble import _core, reference
-from nybble.backends import cpu
+from nybble import _core, reference_attention
+from nybble.backends import attention
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 UNIT = 2.0**-24
@@ -81,15 +81,48 @@ class Problem:
             scores = scores.masked_fill(~seen, -torch.inf)
         return scores
 
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return attention.forward(self.query, self.key, self.value, self.mask, self.diagonal, self.scale)
+
+    def expected_forward(self) -> tuple[Tensor, Tensor]:
+        query, key, value, *_ = self.exact()
+        return reference_attention.forward(query, key, value, self.mask, self.diagonal, self.scale)
+
+    def forward_bounds(self, output: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the errors of the output and logsumexp.
+
+        A score is off by no more than the roundings of what it is made of, and so is its distance to the largest. Sums
+        over keys round once a key, and where a larger score turns up they are multiplied by an exponential: once in 64
+        keys. The weights are rounded to what is multiplied, to bf16 where the inputs are.
+        """
+        query, key, value, *_ = (x.abs() for x in self.exact())
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+        cols, depth = key.shape[2], query.shape[-1]
+        size = self.scale * query @ key.mT * (depth + 4)
+        if self.mask is not None and self.mask.dtype != torch.bool:
+            size = size + 4 * torch.where(self.mask.isfinite(), self.mask.double().abs(), 0.0)
+        scores = self.scores()
+        off = 2 * UNIT * size.masked_fill(scores == -torch.inf, 0).amax(-1)  # of exponents
+        sums = (cols + 16 + 6 * -(-cols // 64)) * UNIT
+        finite = torch.where(logsumexp.isfinite(), logsumexp.abs(), 0.0)
+        bound = off + sums + 8 * UNIT * (finite + 1)
+        weight = ROUNDOFF[torch.bfloat16] if self.query.dtype == torch.bfloat16 else UNIT
+        relative = (2 * off).expm1() + 2 * sums + weight
+        p = (scores - torch.where(logsumexp.isfinite(), logsumexp, 0.0)[..., None]).exp()
+        least = SMALLEST[self.query.dtype] + SMALLEST[torch.float32] * value.sum(-2, keepdim=True)
+        error = relative[..., None] * (p @ value) + least
+        return error + ROUNDOFF[self.query.dtype] * (output.abs() + error), bound
+
     def run(self) -> tuple[Tensor, Tensor]:
         p = torch.full((*self.query.shape[:3], self.key.shape[2]), torch.nan, dtype=self.out_dtype)
         ds = p.clone()
         tensors = (self.query, self.key, self.value, self.output, self.grad_output, self.logsumexp, self.mask)
-        cpu.attention_scores_grad(*tensors, self.diagonal, self.scale, p, ds)
+        attention.scores_grad(*tensors, self.diagonal, self.scale, p, ds)
         return p, ds
 
     def expected(self) -> tuple[Tensor, Tensor]:
-        return reference.attention_scores_grad(
+        return reference_attention.scores_grad(
             *self.exact(), self.logsumexp.double(), self.mask, self.diagonal, self.scale
         )
 
@@ -130,6 +163,22 @@ problems = st.builds(
 )
 
 
+def check_forward(problem: Problem) -> None:
+    output, logsumexp = problem.forward()
+    expected, expected_sum = problem.expected_forward()
+    assert output.dtype == problem.query.dtype and logsumexp.dtype == torch.float32
+    blind = expected_sum == -torch.inf
+    assert torch.equal(logsumexp == -torch.inf, blind) and not bool(output[blind].any())
+    bound, bound_sum = problem.forward_bounds(expected, expected_sum)
+    assert bool(((output.double() - expected).abs() <= bound).all())
+    assert bool(((logsumexp.double() - expected_sum).abs() <= bound_sum)[~blind].all())
+
+
+@given(problem=problems)
+def test_output_and_logsumexp_are_the_reference(isa: str, problem: Problem) -> None:
+    check_forward(problem)
+
+
 @given(problem=problems)
 def test_weights_and_gradient_are_the_reference(isa: str, problem: Problem) -> None:
     p, ds = problem.run()
@@ -144,11 +193,10 @@ def test_weights_and_gradient_are_the_reference(isa: str, problem: Problem) -> N
 @given(problem=problems)
 def test_any_number_of_threads_gives_the_same_bits(isa: str, threads: Callable[[int], None], problem: Problem) -> None:
     threads(1)
-    p, ds = problem.run()
+    first = (*problem.forward(), *problem.run())
     for count in (2, 3):
         threads(count)
-        again = problem.run()
-        assert torch.equal(again[0], p) and torch.equal(again[1], ds)
+        assert all(map(torch.equal, (*problem.forward(), *problem.run()), first))
 
 
 def plain(**changes: object) -> Problem:
@@ -165,13 +213,17 @@ def plain(**changes: object) -> Problem:
         "side_by_side": False,
         "seed": 0,
     }
-    return Problem(**{**arguments, **changes})  # type: ignore[arg-type]
+    scale = changes.pop("scale", None)
+    problem = Problem(**{**arguments, **changes})  # type: ignore[arg-type]
+    problem.scale = problem.scale if scale is None else scale  # type: ignore[assignment]
+    return problem
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("depth", (1, 33, _core.MAX_HEAD_DEPTH))
 def test_widest_heads(isa: str, dtype: torch.dtype, depth: int) -> None:
     problem = plain(rows=19, cols=70, depth=depth, value_depth=depth, dtype=dtype, out_dtype=dtype)
+    check_forward(problem)
     for found, expected, bound in zip(
         problem.run(), problem.expected(), problem.bounds(problem.expected()[0]), strict=True
     ):
@@ -194,6 +246,31 @@ def test_exponentials_to_the_ends_of_their_range(isa: str) -> None:
     assert bool((p[exponents < -105] == 0).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_larger_and_larger_scores(isa: str, dtype: torch.dtype) -> None:
+    """The largest score of each block of keys beside the one before: by little, by much, and by all that there is."""
+    problem = plain(rows=30, cols=400, dtype=dtype, scale=30.0)
+    problem.query.fill_(1.0)
+    problem.key.copy_(torch.arange(400).float().view(1, 1, -1, 1) / 50)
+    check_forward(problem)
+    problem.key.neg_()
+    check_forward(problem)
+
+
+@pytest.mark.parametrize("scale", (-0.7, 0.0))
+def test_any_scale(isa: str, scale: float) -> None:
+    problem = plain(rows=5, cols=70, scale=scale)
+    output, _ = problem.forward()
+    torch.testing.assert_close(output.double(), problem.expected_forward()[0], atol=1e-5, rtol=1e-5)
+
+
+def test_no_keys(isa: str) -> None:
+    problem = plain(cols=1)
+    problem.key, problem.value = problem.key[:, :, :0], problem.value[:, :, :0]
+    output, logsumexp = problem.forward()
+    assert not bool(output.any()) and bool((logsumexp == -torch.inf).all())
+
+
 def test_a_query_that_saw_nothing_has_no_weights(isa: str) -> None:
     problem = plain(mask="bool")
     assert problem.mask is not None
@@ -207,6 +284,9 @@ def test_a_query_that_saw_nothing_has_no_weights(isa: str) -> None:
 def test_nan_is_not_hidden(isa: str) -> None:
     problem = plain(rows=2)
     problem.query[0, 0, 1] = torch.nan
+    output, logsumexp = problem.forward()
+    assert bool(output[0, 0, 1].isnan().all()) and bool(logsumexp[0, 0, 1].isnan())
+    assert not bool(output[0, 0, 0].isnan().any())
     p, ds = problem.run()
     assert bool(p[0, 0, 1].isnan().all()) and bool(ds[0, 0, 1].isnan().all())
     assert not bool(p[0, 0, 0].isnan().any())
@@ -220,10 +300,12 @@ def test_sizes_are_checked_before_memory_is_touched(argument: str, value: int) -
     problem = plain()
     p = torch.empty(1, 1, 3, 5)
     good: dict[str, object] = {
-        name: cpu._strided(getattr(problem, name)) for name in ("query", "key", "value", "output", "grad_output")
+        name: attention._strided(getattr(problem, name)) for name in ("query", "key", "value", "output", "grad_output")
     }
-    good.update(dtype=0, logsumexp=cpu._strided(problem.logsumexp), mask=(0, 0, 0, 0), mask_dtype=0, batches=1)
-    good.update(heads=1, group=1, rows=3, cols=5, depth=4, value_depth=4, diagonal=5, scale=0.5, p=p.data_ptr())
-    good.update(ds=torch.empty_like(p).data_ptr(), out_dtype=0, threads=1)
+    good.update(dtype=0, logsumexp=attention._strided(problem.logsumexp), mask=(0, 0, 0, 0), mask_dtype=0, diagonal=5)
+    good.update(scale=0.5, p=p.data_ptr(), ds=torch.empty_like(p).data_ptr(), out_dtype=0, threads=1)
+    sizes = {"batches": 1, "heads": 1, "group": 1, "rows": 3, "cols": 5, "depth": 4, "value_depth": 4}
+    changed = sizes if argument in sizes else good
+    changed[argument] = value  # type: ignore[assignment]
     with pytest.raises(ValueError, match=argument):
-        _core.attention_scores_grad(**{**good, argument: value})  # type: ignore[arg-type]
+        _core.attention_scores_grad(**good, sizes=tuple(sizes.values()))  # type: ignore[arg-type]
