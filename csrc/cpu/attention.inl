@@ -76,12 +76,6 @@ static void multiply_scores(Step, const char* x, int64_t x_stride, int64_t rows,
   multiply<Step>(x, x_stride, rows, panel, steps, kScoreColumns, sums);
 }
 
-#ifndef NYBBLE_BF16_CONVERT
-static inline void store_normal(Bf16* p, F32 v) { store(p, v); }
-#endif
-static inline void store_normal(F16* p, F32 v) { store(p, v); }
-static inline void store_normal(float* p, F32 v) { store(p, v); }
-
 // By vectors: GCC makes a string instruction of a short memset, which takes some 30 ns to start.
 template <class Out>
 static inline void zero_columns(Out* row, int64_t from, int64_t to) {

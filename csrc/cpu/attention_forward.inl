@@ -161,7 +161,7 @@ static void finish_queries(const AttentionForwardArgs& args, const ForwardBlock&
     logsumexp[row] = blind ? float_of(kMinusInfinity) : block.most[row] + logf(total);
     const F32 by = broadcast(blind ? 0.0F : 1.0F / total);
     for (int64_t j = 0; j < columns; j += kLanes) store(out + j, mul(load(out + j), by));
-    store_floats(out, args.value_depth, args.dtype, to, (block.first + row) * args.output.row_stride);
+    store_results(out, args.value_depth, args.dtype, to, (block.first + row) * args.output.row_stride);
   }
 }
 

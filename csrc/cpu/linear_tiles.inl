@@ -269,7 +269,7 @@ static void store_sums(const LinearArgs& args, float* sums, int64_t row, int64_t
     if (args.bias != nullptr) {
       for (int64_t j = 0; j < width; ++j) values[j] += bias[j];
     }
-    store_floats(values, width, args.dtype, args.out, (row + i) * args.columns() + column);
+    store_results(values, width, args.dtype, args.out, (row + i) * args.columns() + column);
   }
 }
 

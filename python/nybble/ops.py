@@ -433,6 +433,9 @@ def _lora_linear_after_saving(
     return _SavedLoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling, side, saved)
 
 
+_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+
+
 class _Saved(torch.autograd.Function):
     """A node that only holds tensors; no gradient goes through it."""
 
@@ -469,7 +472,14 @@ class _SavedLoRALinear(torch.autograd.Function):
             return (None,) * 8
         need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
         needs = (need_x, need_bias, need_a, need_b)
-        dx, dbias, da, db = _lora_gradients(needs, g, ctx.weight, ctx.saved.saved_tensors, ctx.scaling)
+        if ctx.saved is None:
+            raise RuntimeError(
+                "backward() for the second time through a graph that was not kept; use retain_graph=True"
+            )
+        tensors = ctx.saved.saved_tensors
+        if not _keeps_graph():
+            ctx.saved = None  # as torch frees what a node has saved; else layers' inputs stay until the last is done
+        dx, dbias, da, db = _lora_gradients(needs, g, ctx.weight, tensors, ctx.scaling)
         return dx, None, dbias, da, db, None, None, None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
@@ -87,6 +88,31 @@ def test_second_derivatives_and_a_graph_that_is_kept() -> None:
             again = torch.autograd.grad(y.sum(), x, retain_graph=True)
             results.append([dx.detach(), *again, *torch.autograd.grad(dx.square().sum(), trained)])
     assert all(map(torch.equal, *results))
+
+
+def test_layers_inputs_do_not_outlive_their_gradients() -> None:
+    """What autograd keeps of a layer goes when the layer's gradient is there, not when the last one's is."""
+    layers = [Layer(True, torch.float32) for _ in range(4)]
+    inputs: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    with ops.saving_first():
+        y = torch.randn(3, 64).requires_grad_()
+        for layer in layers:
+            y = y * 1.0
+            inputs.append(weakref.ref(y))
+            y.register_hook(lambda _: alive.append(sum(ref() is not None for ref in inputs)))
+            y = checkpoint(layer, y, use_reentrant=False)
+        y.sum().backward()
+    assert alive == [3, 2, 1, 0]
+
+
+def test_backward_twice_is_an_error_unless_the_graph_is_kept() -> None:
+    with ops.saving_first():
+        y = Layer(True, torch.float32)(torch.randn(3, 64).requires_grad_()).sum()
+    y.backward(retain_graph=True)
+    y.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.backward()
 
 
 def test_a_frozen_adapter_needs_no_gradient() -> None:

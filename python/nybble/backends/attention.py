@@ -29,10 +29,10 @@ def forward(
     output = torch.empty(batches, rows, heads, value.shape[3], dtype=query.dtype).transpose(1, 2)
     logsumexp = torch.empty(batches, heads, rows, dtype=torch.float32)
     _core.attention_forward(
-        *_inputs(query, key, value, mask, diagonal, scale),
-        _strided(output),
-        logsumexp.data_ptr(),
-        torch.get_num_threads(),
+        **_inputs(query, key, value, mask, diagonal, scale),
+        output=_strided(output),
+        logsumexp=logsumexp.data_ptr(),
+        threads=torch.get_num_threads(),
     )
     return output, logsumexp
 
@@ -55,33 +55,33 @@ def scores_grad(
     output and grad_output have the query's dtype; logsumexp [B, H, T] is fp32 of any strides.
     """
     _core.attention_scores_grad(
-        *_inputs(query, key, value, mask, diagonal, scale),
-        _strided(output),
-        _strided(grad_output),
-        _strided(logsumexp),
-        p.data_ptr(),
-        ds.data_ptr(),
-        DTYPE_CODES[p.dtype],
-        torch.get_num_threads(),
+        **_inputs(query, key, value, mask, diagonal, scale),
+        output=_strided(output),
+        grad_output=_strided(grad_output),
+        logsumexp=_strided(logsumexp),
+        p=p.data_ptr(),
+        ds=ds.data_ptr(),
+        out_dtype=DTYPE_CODES[p.dtype],
+        threads=torch.get_num_threads(),
     )
 
 
 def _inputs(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, diagonal: int | None, scale: float
-) -> tuple[Any, ...]:
+) -> dict[str, Any]:
     batches, heads, rows, depth = query.shape
     kv_heads, cols = key.shape[1:3]
-    return (
-        _strided(query),
-        _strided(key),
-        _strided(value),
-        DTYPE_CODES[query.dtype],
-        (0, 0, 0, 0) if mask is None else _strided(mask),
-        0 if mask is None else -1 if mask.dtype == torch.bool else DTYPE_CODES[mask.dtype],
-        (batches, heads, heads // kv_heads, rows, cols, depth, value.shape[3]),
-        cols if diagonal is None else diagonal,
-        scale,
-    )
+    return {
+        "query": _strided(query),
+        "key": _strided(key),
+        "value": _strided(value),
+        "dtype": DTYPE_CODES[query.dtype],
+        "mask": (0, 0, 0, 0) if mask is None else _strided(mask),
+        "mask_dtype": 0 if mask is None else -1 if mask.dtype == torch.bool else DTYPE_CODES[mask.dtype],
+        "sizes": (batches, heads, heads // kv_heads, rows, cols, depth, value.shape[3]),
+        "diagonal": cols if diagonal is None else diagonal,
+        "scale": scale,
+    }
 
 
 def _strided(x: Tensor) -> tuple[int, int, int, int]:
