@@ -1,33 +1,27 @@
 // The extension: addresses and sizes in, exceptions out, the GIL released while a kernel runs. It never sees torch.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
-#include <array>
 #include <cstdlib>
-#include <stdexcept>
-#include <string>
 
-#include "core/check.h"
-#include "core/kernels.h"
+#include "bindings/shared.h"
 #include "core/parallel.h"
 #include "cpu/choose.h"
 #include "cpu/dispatch.h"
 
 namespace py = pybind11;
 using namespace nybble;
-using Address = uintptr_t;
+using namespace nybble::bindings;
 
 namespace {
 
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
+bool check_forced_kernel() {
+  const char* name = std::getenv("NYBBLE_FORCE_KERNEL");
+  if (name == nullptr || *name == 0 || cpu::forced_kernel() == name) return true;
+  throw py::value_error("NYBBLE_FORCE_KERNEL=" + std::string(name) +
+                        " names no kernel; allowed: " + cpu::kernel_names());
 }
 
-// A NaN or an infinity in what was to be quantized; Python adds the tensor's name.
-struct NonFinite : std::runtime_error {
-  explicit NonFinite(int64_t at) : std::runtime_error(std::to_string(at)) {}
-};
+}  // namespace
+
+namespace nybble::bindings {
 
 void raise_unless_ok(const Status& status) {
   switch (status.code) {
@@ -42,13 +36,6 @@ void raise_unless_ok(const Status& status) {
   }
 }
 
-bool check_forced_kernel() {
-  const char* name = std::getenv("NYBBLE_FORCE_KERNEL");
-  if (name == nullptr || *name == 0 || cpu::forced_kernel() == name) return true;
-  throw py::value_error("NYBBLE_FORCE_KERNEL=" + std::string(name) +
-                        " names no kernel; allowed: " + cpu::kernel_names());
-}
-
 const KernelTable& kernels() {
   static const bool checked = check_forced_kernel();  // once, unless it throws
   (void)checked;
@@ -60,17 +47,9 @@ const KernelTable& kernels() {
                         " names no instruction set of this machine; it has: " + known);
 }
 
-template <class Args>
-void run(Status (*KernelTable::*entry)(const Args&), const Args& args) {
-  const KernelTable& table = kernels();
-  raise_unless_ok(check(args));
-  Status status;
-  {
-    py::gil_scoped_release released;
-    status = (table.*entry)(args);
-  }
-  raise_unless_ok(status);
-}
+}  // namespace nybble::bindings
+
+namespace {
 
 int power_of_two(int64_t value, const char* what) {
   if (value < 1 || (value & (value - 1)) != 0) {
@@ -195,210 +174,6 @@ void round_with(Address target, int64_t rows, int64_t cols, Address matrix, Addr
   args.codes = pointer<uint8_t>(codes);
   args.threads = threads;
   run(Entry, args);
-}
-
-// In the order of AdamWRule's fields.
-using Rule = std::array<float, 9>;
-
-AdamWArgs adamw_args(Address param, int dtype, Address grad, int grad_dtype, int64_t count, const Rule& rule,
-                     bool stochastic, uint64_t key, int threads) {
-  AdamWArgs args;
-  args.param = pointer<void>(param);
-  args.dtype = static_cast<DType>(dtype);
-  args.grad = pointer<const void>(grad);
-  args.grad_dtype = static_cast<DType>(grad_dtype);
-  args.count = count;
-  args.rule = {rule[0], rule[1], rule[2], rule[3], rule[4], rule[5], rule[6], rule[7], rule[8]};
-  args.stochastic = stochastic;
-  args.key = key;
-  args.threads = threads;
-  return args;
-}
-
-void adamw_32bit(Address param, int dtype, Address grad, int grad_dtype, int64_t count, const Rule& rule,
-                 bool stochastic, uint64_t key, Address m, Address v, int threads) {
-  AdamW32Args args;
-  args.common = adamw_args(param, dtype, grad, grad_dtype, count, rule, stochastic, key, threads);
-  args.m = pointer<float>(m);
-  args.v = pointer<float>(v);
-  run(&KernelTable::adamw_32bit, args);
-}
-
-void adamw_8bit(Address param, int dtype, Address grad, int grad_dtype, int64_t count, const Rule& rule,
-                bool stochastic, uint64_t key, int64_t block_size, Address m_map, Address v_map, Address m, Address v,
-                Address m_absmax, Address v_absmax, int threads) {
-  AdamW8Args args;
-  args.common = adamw_args(param, dtype, grad, grad_dtype, count, rule, stochastic, key, threads);
-  args.block_size = block_size;
-  args.m_map = pointer<const float>(m_map);
-  args.v_map = pointer<const float>(v_map);
-  args.m = pointer<uint8_t>(m);
-  args.v = pointer<uint8_t>(v);
-  args.m_absmax = pointer<float>(m_absmax);
-  args.v_absmax = pointer<float>(v_absmax);
-  run(&KernelTable::adamw_8bit, args);
-}
-
-void sum_of_squares(Address x, int dtype, int64_t count, Address sums, int threads) {
-  SquaresArgs args;
-  args.x = pointer<const void>(x);
-  args.dtype = static_cast<DType>(dtype);
-  args.count = count;
-  args.sums = pointer<double>(sums);
-  args.threads = threads;
-  run(&KernelTable::sum_of_squares, args);
-}
-
-// Address, then the strides of batches, heads and rows.
-using Strided = std::array<int64_t, 4>;
-
-AttentionTensor attention_tensor(const Strided& x) {
-  return {pointer<const void>(static_cast<Address>(x[0])), x[1], x[2], x[3]};
-}
-
-// mask_dtype = -1: boolean.
-void fill_inputs(AttentionInputs* args, const Strided& query, const Strided& key, const Strided& value, int dtype,
-                 const Strided& mask, int mask_dtype, const std::array<int64_t, 7>& sizes, int64_t diagonal,
-                 float scale, int threads) {
-  args->query = attention_tensor(query);
-  args->key = attention_tensor(key);
-  args->value = attention_tensor(value);
-  args->dtype = static_cast<DType>(dtype);
-  args->mask = attention_tensor(mask);
-  args->mask_is_boolean = mask_dtype == -1;
-  args->mask_dtype = args->mask_is_boolean ? DType::f32 : static_cast<DType>(mask_dtype);
-  args->batches = sizes[0];
-  args->heads = sizes[1];
-  args->group = sizes[2];
-  args->rows = sizes[3];
-  args->cols = sizes[4];
-  args->depth = sizes[5];
-  args->value_depth = sizes[6];
-  args->diagonal = diagonal;
-  args->scale = scale;
-  args->threads = threads;
-}
-
-void attention_forward(const Strided& query, const Strided& key, const Strided& value, int dtype, const Strided& mask,
-                       int mask_dtype, const std::array<int64_t, 7>& sizes, int64_t diagonal, float scale,
-                       const Strided& output, Address logsumexp, int threads) {
-  AttentionForwardArgs args;
-  fill_inputs(&args, query, key, value, dtype, mask, mask_dtype, sizes, diagonal, scale, threads);
-  args.output = attention_tensor(output);
-  args.logsumexp = pointer<float>(logsumexp);
-  run(&KernelTable::attention_forward, args);
-}
-
-void attention_scores_grad(const Strided& query, const Strided& key, const Strided& value, int dtype,
-                           const Strided& mask, int mask_dtype, const std::array<int64_t, 7>& sizes, int64_t diagonal,
-                           float scale, const Strided& output, const Strided& grad_output, const Strided& logsumexp,
-                           Address p, Address ds, int out_dtype, int threads) {
-  AttentionArgs args;
-  fill_inputs(&args, query, key, value, dtype, mask, mask_dtype, sizes, diagonal, scale, threads);
-  args.output = attention_tensor(output);
-  args.grad_output = attention_tensor(grad_output);
-  args.logsumexp = attention_tensor(logsumexp);
-  args.p = pointer<void>(p);
-  args.ds = pointer<void>(ds);
-  args.out_dtype = static_cast<DType>(out_dtype);
-  run(&KernelTable::attention_scores_grad, args);
-}
-
-// Strides are elements from one row to the next.
-void rms_norm(Address x, int64_t x_stride, int dtype, int64_t rows, int64_t cols, Address weight, int weight_dtype,
-              float offset, float eps, Address out, int out_dtype, Address rstd, int threads) {
-  RmsNormArgs args;
-  args.x = {pointer<const void>(x), x_stride};
-  args.dtype = static_cast<DType>(dtype);
-  args.rows = rows;
-  args.cols = cols;
-  args.weight = pointer<const void>(weight);
-  args.weight_dtype = static_cast<DType>(weight_dtype);
-  args.offset = offset;
-  args.eps = eps;
-  args.out = pointer<void>(out);
-  args.out_dtype = static_cast<DType>(out_dtype);
-  args.rstd = pointer<float>(rstd);
-  args.threads = threads;
-  run(&KernelTable::rms_norm, args);
-}
-
-// grad_weight = 0: not wanted.
-void rms_norm_backward(Address grad, int64_t grad_stride, int grad_dtype, Address x, int64_t x_stride, int dtype,
-                       int64_t rows, int64_t cols, Address weight, int weight_dtype, float offset, Address rstd,
-                       Address grad_x, Address grad_weight, int threads) {
-  RmsNormBackwardArgs args;
-  args.grad = {pointer<const void>(grad), grad_stride};
-  args.grad_dtype = static_cast<DType>(grad_dtype);
-  args.x = {pointer<const void>(x), x_stride};
-  args.dtype = static_cast<DType>(dtype);
-  args.rows = rows;
-  args.cols = cols;
-  args.weight = pointer<const void>(weight);
-  args.weight_dtype = static_cast<DType>(weight_dtype);
-  args.offset = offset;
-  args.rstd = pointer<const float>(rstd);
-  args.grad_x = pointer<void>(grad_x);
-  args.grad_weight = pointer<float>(grad_weight);
-  args.threads = threads;
-  run(&KernelTable::rms_norm_backward, args);
-}
-
-void gated(int activation, Address gate, int64_t gate_stride, Address up, int64_t up_stride, int dtype, int64_t rows,
-           int64_t cols, Address out, int threads) {
-  GatedArgs args;
-  args.activation = static_cast<Activation>(activation);
-  args.gate = {pointer<const void>(gate), gate_stride};
-  args.up = {pointer<const void>(up), up_stride};
-  args.dtype = static_cast<DType>(dtype);
-  args.rows = rows;
-  args.cols = cols;
-  args.out = pointer<void>(out);
-  args.threads = threads;
-  run(&KernelTable::gated, args);
-}
-
-void gated_backward(int activation, Address grad, int64_t grad_stride, Address gate, int64_t gate_stride, Address up,
-                    int64_t up_stride, int dtype, int64_t rows, int64_t cols, Address grad_gate, Address grad_up,
-                    int threads) {
-  GatedBackwardArgs args;
-  args.activation = static_cast<Activation>(activation);
-  args.grad = {pointer<const void>(grad), grad_stride};
-  args.gate = {pointer<const void>(gate), gate_stride};
-  args.up = {pointer<const void>(up), up_stride};
-  args.dtype = static_cast<DType>(dtype);
-  args.rows = rows;
-  args.cols = cols;
-  args.grad_gate = pointer<void>(grad_gate);
-  args.grad_up = pointer<void>(grad_up);
-  args.threads = threads;
-  run(&KernelTable::gated_backward, args);
-}
-
-// shape: batch, heads, length, dim; strides: those of the first three.
-void rotary(Address x, int dtype, const std::array<int64_t, 4>& shape, const std::array<int64_t, 3>& strides,
-            Address cos, Address sin, int table_dtype, int64_t table_stride, bool transposed, Address out,
-            int out_dtype, const std::array<int64_t, 3>& out_strides, int threads) {
-  RotaryArgs args;
-  args.x = pointer<const void>(x);
-  args.dtype = static_cast<DType>(dtype);
-  args.batch = shape[0];
-  args.heads = shape[1];
-  args.length = shape[2];
-  args.dim = shape[3];
-  args.cos = pointer<const void>(cos);
-  args.sin = pointer<const void>(sin);
-  args.table_dtype = static_cast<DType>(table_dtype);
-  args.table_stride = table_stride;
-  args.transposed = transposed;
-  args.out = pointer<void>(out);
-  args.out_dtype = static_cast<DType>(out_dtype);
-  for (size_t i = 0; i < 3; ++i) {
-    args.x_strides[i] = strides[i];
-    args.out_strides[i] = out_strides[i];
-  }
-  args.threads = threads;
-  run(&KernelTable::rotary, args);
 }
 
 // The addresses and sizes of a weight as one object; whoever calls keeps the tensors alive.
@@ -587,41 +362,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("dequantize_int8", &dequantize_int8, py::arg("q"), py::arg("absmax"), py::arg("rows"), py::arg("cols"),
         py::arg("out"), py::arg("dtype"), py::arg("threads"));
 
-  m.def("adamw_32bit", &adamw_32bit, py::arg("param"), py::arg("dtype"), py::arg("grad"), py::arg("grad_dtype"),
-        py::arg("count"), py::arg("rule"), py::arg("stochastic"), py::arg("key"), py::arg("m"), py::arg("v"),
-        py::arg("threads"));
-  m.def("adamw_8bit", &adamw_8bit, py::arg("param"), py::arg("dtype"), py::arg("grad"), py::arg("grad_dtype"),
-        py::arg("count"), py::arg("rule"), py::arg("stochastic"), py::arg("key"), py::arg("block_size"),
-        py::arg("m_map"), py::arg("v_map"), py::arg("m"), py::arg("v"), py::arg("m_absmax"), py::arg("v_absmax"),
-        py::arg("threads"));
-  m.attr("SQUARES_RUN") = kSquaresRun;
-  m.def("sum_of_squares", &sum_of_squares, py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("sums"),
-        py::arg("threads"));
-
-  m.attr("MAX_HEAD_DEPTH") = kMaxHeadDepth;
-  // sizes: batches, heads, group, rows, cols, depth, value_depth
-  m.def("attention_forward", &attention_forward, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("dtype"),
-        py::arg("mask"), py::arg("mask_dtype"), py::arg("sizes"), py::arg("diagonal"), py::arg("scale"),
-        py::arg("output"), py::arg("logsumexp"), py::arg("threads"));
-  m.def("attention_scores_grad", &attention_scores_grad, py::arg("query"), py::arg("key"), py::arg("value"),
-        py::arg("dtype"), py::arg("mask"), py::arg("mask_dtype"), py::arg("sizes"), py::arg("diagonal"),
-        py::arg("scale"), py::arg("output"), py::arg("grad_output"), py::arg("logsumexp"), py::arg("p"), py::arg("ds"),
-        py::arg("out_dtype"), py::arg("threads"));
-  m.def("rms_norm", &rms_norm, py::arg("x"), py::arg("x_stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"),
-        py::arg("weight"), py::arg("weight_dtype"), py::arg("offset"), py::arg("eps"), py::arg("out"),
-        py::arg("out_dtype"), py::arg("rstd"), py::arg("threads"));
-  m.def("rms_norm_backward", &rms_norm_backward, py::arg("grad"), py::arg("grad_stride"), py::arg("grad_dtype"),
-        py::arg("x"), py::arg("x_stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("weight"),
-        py::arg("weight_dtype"), py::arg("offset"), py::arg("rstd"), py::arg("grad_x"), py::arg("grad_weight"),
-        py::arg("threads"));
-  m.def("gated", &gated, py::arg("activation"), py::arg("gate"), py::arg("gate_stride"), py::arg("up"),
-        py::arg("up_stride"), py::arg("dtype"), py::arg("rows"), py::arg("cols"), py::arg("out"), py::arg("threads"));
-  m.def("gated_backward", &gated_backward, py::arg("activation"), py::arg("grad"), py::arg("grad_stride"),
-        py::arg("gate"), py::arg("gate_stride"), py::arg("up"), py::arg("up_stride"), py::arg("dtype"), py::arg("rows"),
-        py::arg("cols"), py::arg("grad_gate"), py::arg("grad_up"), py::arg("threads"));
-  m.def("rotary", &rotary, py::arg("x"), py::arg("dtype"), py::arg("shape"), py::arg("strides"), py::arg("cos"),
-        py::arg("sin"), py::arg("table_dtype"), py::arg("table_stride"), py::arg("transposed"), py::arg("out"),
-        py::arg("out_dtype"), py::arg("out_strides"), py::arg("threads"));
+  define_training(m);
 
   py::class_<WeightHandle>(m, "Weight", "Addresses of a quantized weight; whoever holds it keeps the tensors alive.")
       .def_static("four_bit", &WeightHandle::four_bit, py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),
