@@ -42,7 +42,7 @@ VERSES = {
     "prompt": (3e-2, 1e-1, 1e-2),
 }
 GLOSSES = {
-    "full": (1e-4, 2e-4, 5e-5),
+    "full": (5e-4, 1e-3, 2e-4),
     "LoRA": (1e-3, 2e-3, 5e-4),
     "QLoRA": (1e-3, 2e-3, 5e-4),
     "bottleneck": (1e-3, 2e-3, 5e-4),
@@ -87,7 +87,7 @@ def verses(args: argparse.Namespace) -> list[Row]:
     """Perplexity of verses that were not trained on. The calibrated base is rounded by texts that are trained on."""
     directories = smollm2_directories(args)
     calibrated = args.work / "smollm2-nf4-calibrated"
-    if not calibrated.exists():
+    if not (calibrated / "model.safetensors").exists():  # else what an interrupted call left: it goes on
         texts = [chapter for book in bible.TRAINING_BOOKS for chapter in bible.chapters(book)]
         nybble.quantize(directories["bf16"], calibrated, nybble.QuantConfig(), calibration=texts)
     return compare("verses", VERSES, args, steps=args.steps, calibrated=str(calibrated), **directories)
