@@ -34,6 +34,7 @@ const KernelTable& kernels();
 template <class Args>
 void run(Status (*KernelTable::*entry)(const Args&), const Args& args) {
   const KernelTable& table = kernels();
+  if (table.*entry == nullptr) throw py::value_error(std::string(table.isa) + " has no such kernel");
   raise_unless_ok(check(args));
   Status status;
   {

@@ -57,6 +57,39 @@ void sum_of_squares(Address x, int dtype, int64_t count, Address sums, int threa
   run(&KernelTable::sum_of_squares, args);
 }
 
+void factor_apply(Address x, int64_t x_stride, int64_t m, int64_t k, int64_t rank, Address factor, int factor_dtype,
+                  bool by_rank, float scale, Address out, int threads) {
+  FactorArgs args;
+  args.x = pointer<const void>(x);
+  args.x_stride = x_stride;
+  args.m = m;
+  args.k = k;
+  args.rank = rank;
+  args.factor = pointer<const void>(factor);
+  args.factor_dtype = static_cast<DType>(factor_dtype);
+  args.by_rank = by_rank;
+  args.scale = scale;
+  args.out = pointer<void>(out);
+  args.threads = threads;
+  run(&KernelTable::factor_apply, args);
+}
+
+void factor_gradient(Address left, Address x, int64_t x_stride, int64_t m, int64_t k, int64_t rank, Address out,
+                     int64_t out_rank_stride, int64_t out_column_stride, int threads) {
+  FactorGradArgs args;
+  args.left = pointer<const void>(left);
+  args.x = pointer<const void>(x);
+  args.x_stride = x_stride;
+  args.m = m;
+  args.k = k;
+  args.rank = rank;
+  args.out = pointer<float>(out);
+  args.out_rank_stride = out_rank_stride;
+  args.out_column_stride = out_column_stride;
+  args.threads = threads;
+  run(&KernelTable::factor_gradient, args);
+}
+
 // Address, then the strides of batches, heads and rows.
 using Strided = std::array<int64_t, 4>;
 
@@ -223,6 +256,14 @@ void define_training(py::module_& m) {
   m.def("sum_of_squares", &sum_of_squares, py::arg("x"), py::arg("dtype"), py::arg("count"), py::arg("sums"),
         py::arg("threads"));
 
+  m.attr("MOST_RANK") = kMostRank;
+  m.def("has_factor_kernels", [] { return kernels().factor_apply != nullptr; });
+  m.def("factor_apply", &factor_apply, py::arg("x"), py::arg("x_stride"), py::arg("m"), py::arg("k"), py::arg("rank"),
+        py::arg("factor"), py::arg("factor_dtype"), py::arg("by_rank"), py::arg("scale"), py::arg("out"),
+        py::arg("threads"));
+  m.def("factor_gradient", &factor_gradient, py::arg("left"), py::arg("x"), py::arg("x_stride"), py::arg("m"),
+        py::arg("k"), py::arg("rank"), py::arg("out"), py::arg("out_rank_stride"), py::arg("out_column_stride"),
+        py::arg("threads"));
   m.attr("MAX_HEAD_DEPTH") = kMaxHeadDepth;
   // sizes: batches, heads, group, rows, cols, depth, value_depth
   m.def("attention_forward", &attention_forward, py::arg("query"), py::arg("key"), py::arg("value"), py::arg("dtype"),

@@ -238,6 +238,34 @@ Status check(const LinearArgs& args) {
 
 namespace {
 
+Status check_factor_sizes(int64_t m, int64_t k, int64_t rank, int64_t x_stride, int threads) {
+  const Status sizes =
+      first({in_range(m, 0, kMaxElements, "m"), in_range(k, 0, kMaxElements, "k"), in_range(rank, 0, kMostRank, "rank"),
+             in_range(x_stride, 0, kMaxElements, "x_stride"), in_range(threads, 1, 4096, "threads")});
+  if (!sizes.ok()) return sizes;
+  return m > 0 && k > kMaxElements / m ? bad_argument("k", k) : success();
+}
+
+}  // namespace
+
+Status check(const FactorArgs& args) {
+  const Status sizes = check_factor_sizes(args.m, args.k, args.rank, args.x_stride, args.threads);
+  if (!sizes.ok()) return sizes;
+  return first({non_null(args.x, args.m * args.k, "x"), non_null(args.factor, args.k * args.rank, "factor"),
+                valid_dtype(args.factor_dtype, "factor.dtype"), non_null(args.out, args.m * args.rank, "out")});
+}
+
+Status check(const FactorGradArgs& args) {
+  const Status sizes = check_factor_sizes(args.m, args.k, args.rank, args.x_stride, args.threads);
+  if (!sizes.ok()) return sizes;
+  return first({non_null(args.left, args.m * args.rank, "left"), non_null(args.x, args.m * args.k, "x"),
+                non_null(args.out, args.k * args.rank, "out"),
+                in_range(args.out_rank_stride, 0, kMaxElements, "out_rank_stride"),
+                in_range(args.out_column_stride, 0, kMaxElements, "out_column_stride")});
+}
+
+namespace {
+
 // Sizes, and the number of scores, which is below 0 where there are too many.
 Status check_inputs(const AttentionInputs& args, int64_t* count) {
   const Status sizes = first(

@@ -21,6 +21,8 @@ Status check(const GatedArgs& args);
 Status check(const GatedBackwardArgs& args);
 Status check(const RotaryArgs& args);
 Status check(const LinearArgs& args);
+Status check(const FactorArgs& args);
+Status check(const FactorGradArgs& args);
 Status check(const AttentionForwardArgs& args);
 Status check(const AttentionArgs& args);
 

@@ -109,6 +109,37 @@ struct LinearArgs {
   int64_t columns() const { return grad_input ? weight.cols : weight.rows; }
 };
 
+constexpr int64_t kMostRank = 64;
+
+// out[m, rank] = scale x . factor^T of a matrix x [m, k], all but the factor in bf16; sums in fp32, rounded once.
+struct FactorArgs {
+  const void* x = nullptr;
+  int64_t x_stride = 0;  // elements from one row to the next
+  int64_t m = 0;
+  int64_t k = 0;
+  int64_t rank = 0;              // at most kMostRank
+  const void* factor = nullptr;  // contiguous; rounded to bf16
+  DType factor_dtype = DType::f32;
+  bool by_rank = true;  // [rank, k], such as LoRA's A; else [k, rank], such as B
+  float scale = 1.0F;
+  void* out = nullptr;  // [m, rank]
+  int threads = 1;
+};
+
+// out[rank, k] = left^T . x of bf16 matrices left [m, rank], contiguous, and x [m, k]; fp32.
+struct FactorGradArgs {
+  const void* left = nullptr;
+  const void* x = nullptr;
+  int64_t x_stride = 0;
+  int64_t m = 0;
+  int64_t k = 0;
+  int64_t rank = 0;  // at most kMostRank
+  float* out = nullptr;
+  int64_t out_rank_stride = 0;
+  int64_t out_column_stride = 1;
+  int threads = 1;
+};
+
 // Data-aware rounding of target [rows, cols] to codes whose scales are given. Columns are taken in an order: position p
 // of it is column order[p], and `matrix` is in that order.
 struct RoundArgs {
@@ -351,6 +382,8 @@ struct KernelTable {
   Status (*gated)(const GatedArgs&);
   Status (*gated_backward)(const GatedBackwardArgs&);
   Status (*rotary)(const RotaryArgs&);
+  Status (*factor_apply)(const FactorArgs&);         // null without bf16_dot
+  Status (*factor_gradient)(const FactorGradArgs&);  // likewise
   Status (*linear_small_m)(const LinearArgs&);
   Status (*linear_panel)(const LinearArgs&);
   Status (*linear_tiles)(const LinearArgs&);      // null where the ISA has no matrix unit; bf16 only

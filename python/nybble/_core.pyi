@@ -121,6 +121,35 @@ def adamw_8bit(
 ) -> None: ...
 def sum_of_squares(x: int, dtype: int, count: int, sums: int, threads: int) -> None: ...
 
+MOST_RANK: int
+
+def has_factor_kernels() -> bool: ...
+def factor_apply(
+    x: int,
+    x_stride: int,
+    m: int,
+    k: int,
+    rank: int,
+    factor: int,
+    factor_dtype: int,
+    by_rank: bool,
+    scale: float,
+    out: int,
+    threads: int,
+) -> None: ...
+def factor_gradient(
+    left: int,
+    x: int,
+    x_stride: int,
+    m: int,
+    k: int,
+    rank: int,
+    out: int,
+    out_rank_stride: int,
+    out_column_stride: int,
+    threads: int,
+) -> None: ...
+
 MAX_HEAD_DEPTH: int
 
 def attention_forward(

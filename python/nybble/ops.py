@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import backends
-from .backends import BoundWeight, PackedWeight
+from .backends import BoundWeight, PackedWeight, factors
 from .backends.products import product
 from .backends.weight import PLAIN
 from .errors import LayoutError, UnsupportedDtypeError
@@ -216,8 +216,18 @@ def _lora_linear(
 
 def _side(x: Tensor, lora_a: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
     """scaling x A^T * mask in x's dtype; for fp16, whose range the product may leave, in fp32."""
+    return _applied(x, lora_a, True, scaling, mask)
+
+
+def _applied(x: Tensor, factor: Tensor, by_rank: bool, scaling: float, mask: Tensor | None) -> Tensor:
+    """scaling x factor^T * mask in x's dtype, for fp16 in fp32; factor [R, n] (`by_rank`, LoRA's A) or [n, R] (B)."""
+    rank = factor.shape[0 if by_rank else 1]
+    rows, shape = _flat(x), (*x.shape[:-1], rank)
+    if mask is None and factors.fits(rows, rank) and not (torch.is_grad_enabled() and factor.requires_grad):
+        return factors.apply(rows, factor, scaling, by_rank).view(shape)
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-    return scaled(_times(_cast(x, dtype), _cast(lora_a, dtype).t()), scaling, mask)
+    factor = _cast(factor, dtype)
+    return scaled(product(_cast(rows, dtype), factor.t() if by_rank else factor).view(shape), scaling, mask)
 
 
 def scaled(x: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
@@ -246,6 +256,14 @@ def _product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
     return product(_flat(left).to(dtype).t(), _flat(right).to(dtype), like.dtype)
 
 
+def _factor_gradient(side: Tensor, x: Tensor, by_rank: bool, like: Tensor) -> Tensor:
+    """side^T x of all rows, the gradient of LoRA's A (`by_rank`), or x^T side, that of B; in the parameter's dtype."""
+    left, rows, rank = _flat(side), _flat(x), side.shape[-1]
+    if factors.fits(left, rank) and factors.fits(rows, rank):
+        return _cast(factors.gradient(left, rows, by_rank), like.dtype)
+    return _product(side, x, like) if by_rank else _product(x, side, like)
+
+
 def _times(x: Tensor, matrix: Tensor) -> Tensor:
     """x [..., k] . matrix [k, n]"""
     return product(_flat(x), matrix).view(*x.shape[:-1], matrix.shape[1])
@@ -264,12 +282,12 @@ def _lora_gradients(
     if torch.is_grad_enabled():
         # Differentiated once more: the saved product is a constant, so it is computed again from x and A.
         side = _side(x, lora_a, scaling, mask)
-    left = scaled(_times(g, lora_b.to(g.dtype)), scaling, mask)
+    left = _applied(g, lora_b, False, scaling, mask)
     return (
         grad_input(g, weight, left, lora_a) if need_x else None,
         _bias_gradient(g, bias) if need_bias and bias is not None else None,
-        _product(left, x, lora_a) if need_a else None,
-        _product(g, side, lora_b) if need_b else None,
+        _factor_gradient(left, x, True, lora_a) if need_a else None,
+        _factor_gradient(side, g, False, lora_b) if need_b else None,
     )
 
 

@@ -22,8 +22,9 @@ def kept_heap() -> Iterator[None]:
 
     By itself it returns what is freed there from some megabytes on, and a step takes it back page by page: 400 MB in
     each step of a model of 170 M parameters, 4 to 6% of its time. The price is memory that lies free between blocks at
-    the peak: nothing to 5% more of the process's there. When the context ends, what is free is returned. Elsewhere than on glibc, and where the environment configures malloc
-    (MALLOC_TRIM_THRESHOLD_, GLIBC_TUNABLES, ...), it does nothing. May be nested.
+    the peak: nothing to 5% more of the process's there. When the context ends, what is free is returned. Elsewhere than
+    on glibc, and where the environment configures malloc (MALLOC_TRIM_THRESHOLD_, GLIBC_TUNABLES, ...), it does
+    nothing. May be nested.
     """
     libc = None if any(name in os.environ for name in _USERS) else _glibc()
     if libc is None:
