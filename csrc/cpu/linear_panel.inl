@@ -394,7 +394,10 @@ static void finish(const LinearArgs& args, int64_t first_row, int64_t rows, int6
     if (args.bias != nullptr) {
       for (int64_t j = 0; j < width; ++j) sums[j] += bias[j];
     }
-    store_results(sums, width, args.dtype, args.out, (first_row + row) * args.columns() + first_column);
+    const int64_t at = (first_row + row) * args.columns() + first_column;
+    // int8 arithmetic takes denormals as they are.
+    const auto store_row = args.compute == Compute::int8 ? store_floats : store_results;
+    store_row(sums, width, args.dtype, args.out, at);
   }
 }
 
