@@ -42,7 +42,7 @@ VERSES = {
     "prompt": (3e-2, 1e-1, 1e-2),
 }
 GLOSSES = {
-    "full": (5e-4, 1e-3, 2e-4),
+    "full": (5e-4, 1e-3, 1e-4),
     "LoRA": (1e-3, 2e-3, 5e-4),
     "QLoRA": (1e-3, 2e-3, 5e-4),
     "bottleneck": (1e-3, 2e-3, 5e-4),

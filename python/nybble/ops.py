@@ -259,7 +259,7 @@ def _product(left: Tensor, right: Tensor, like: Tensor) -> Tensor:
 def _factor_gradient(side: Tensor, x: Tensor, by_rank: bool, like: Tensor) -> Tensor:
     """side^T x of all rows, the gradient of LoRA's A (`by_rank`), or x^T side, that of B; in the parameter's dtype."""
     left, rows, rank = _flat(side), _flat(x), side.shape[-1]
-    if factors.fits(left, rank) and factors.fits(rows, rank):
+    if rank <= factors.MOST_GRADIENT_RANK and factors.fits(left, rank) and factors.fits(rows, rank):
         return _cast(factors.gradient(left, rows, by_rank), like.dtype)
     return _product(side, x, like) if by_rank else _product(x, side, like)
 
@@ -451,7 +451,8 @@ def _lora_linear_after_saving(
     return _SavedLoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling, side, saved)
 
 
-_keeps_graph = torch._C._autograd._get_current_graph_task_keep_graph
+# Private, and may go; then what a node holds goes with the graph.
+_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
 class _Saved(torch.autograd.Function):

@@ -214,8 +214,8 @@ def plain(**changes: object) -> Problem:
         "seed": 0,
     }
     scale = changes.pop("scale", None)
-    problem = Problem(**{**arguments, **changes})  # type: ignore[arg-type]
-    problem.scale = problem.scale if scale is None else scale  # type: ignore[assignment]
+    problem = Problem(**{**arguments, **changes})
+    problem.scale = problem.scale if scale is None else scale
     return problem
 
 
@@ -306,6 +306,6 @@ def test_sizes_are_checked_before_memory_is_touched(argument: str, value: int) -
     good.update(scale=0.5, p=p.data_ptr(), ds=torch.empty_like(p).data_ptr(), out_dtype=0, threads=1)
     sizes = {"batches": 1, "heads": 1, "group": 1, "rows": 3, "cols": 5, "depth": 4, "value_depth": 4}
     changed = sizes if argument in sizes else good
-    changed[argument] = value  # type: ignore[assignment]
+    changed[argument] = value
     with pytest.raises(ValueError, match=argument):
-        _core.attention_scores_grad(**good, sizes=tuple(sizes.values()))  # type: ignore[arg-type]
+        _core.attention_scores_grad(**good, sizes=tuple(sizes.values()))

@@ -126,4 +126,4 @@ def test_arguments_are_checked(isa: str, argument: str) -> None:
     good.update(by_rank=True, scale=1.0, out=out.data_ptr(), threads=1)
     bad = {"rank": _core.MOST_RANK + 1, "m": -1, "threads": 0, "x": 0, "out": 0}
     with pytest.raises(ValueError, match=argument):
-        _core.factor_apply(**{**good, argument: bad[argument]})  # type: ignore[arg-type]
+        _core.factor_apply(**{**good, argument: bad[argument]})

@@ -14,6 +14,9 @@ from .products import plain
 
 #: The ISAs under which these kernels have been measured to be faster than torch's products.
 _FASTER = ("avx512bf16",)
+#: Ranks up to which `gradient` is the faster one: it reads x again for every 16 (rank 16: torch takes 1.1 to 1.7 times
+#: as long, rank 64 0.7 to 0.8; bench/factors.py).
+MOST_GRADIENT_RANK = 16
 #: Fewer rows are not worth arranging the factor.
 _LEAST_ROWS = 64
 
