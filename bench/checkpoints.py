@@ -149,8 +149,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
 
 
 def show(title: str, rows: list[Row]) -> None:
-    """One table."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    """One table, without what is a list."""
+    columns = list(dict.fromkeys(key for row in rows for key, value in row.items() if not isinstance(value, list)))
     table = Table(title=title, title_justify="left")
     for column in columns:
         table.add_column(column, justify="right" if isinstance(rows[-1].get(column), float | int) else "left")

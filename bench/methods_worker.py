@@ -52,6 +52,7 @@ def measured(model: Any, data: Any, config: nybble.TrainConfig, **options: Any) 
         "peak MB above imports": round((resident("VmHWM") - IMPORTS) / 1e6),
         "tokens/s": round(report.tokens_per_second),
         "last loss": sum(report.losses[-10:]) / len(report.losses[-10:]),
+        "losses": report.losses,
     }
 
 

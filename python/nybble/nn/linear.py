@@ -36,6 +36,7 @@ class QuantLinear(nn.Module):
         absmax: scales of the blocks: uint8 [nb] when double-quantized, else the int32 bits of fp32 [nb]; int8: [out].
         nested_absmax: int32 bits of fp32 [ceil(nb / 256)]; None unless double-quantized.
         bias: [out] or None; may be trained.
+
     Buffers: codebook [16], nested_map [256] and nested_offset [1], int32 bits of fp32, or None.
 
     fp32 scales are held as int32 bit patterns, so casting the module (`.to(torch.bfloat16)`) changes the bias and
