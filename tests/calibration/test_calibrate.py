@@ -115,9 +115,9 @@ def test_an_interrupted_run_goes_over_finished_blocks_without_rounding_them_agai
     make: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from nybble.calibration import calibrate
-    from nybble.checkpoint import job
+    from nybble.checkpoint import recorder
 
-    monkeypatch.setattr(job, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(recorder, "SYNC_SECONDS", 0.0)
     source = make()
     nybble.quantize(source, tmp_path / "whole", calibration=SMALL)
     rounded: list[str] = []

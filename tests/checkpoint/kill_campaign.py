@@ -32,7 +32,7 @@ SURE = {"journal": 3, "fsync": 6}
 
 def counted(kind: str, die_at: int) -> dict[str, int]:
     """Count every step on the disk, by its kind; step number `die_at` of `kind` is the last moment of this process."""
-    from nybble.checkpoint import job, journal
+    from nybble.checkpoint import job, journal, recorder, shard
 
     count: dict[str, int] = dict.fromkeys(("write", "journal", "fsync", "replace", "unlink"), 0)
 
@@ -47,10 +47,11 @@ def counted(kind: str, die_at: int) -> dict[str, int]:
 
         return step
 
-    job.write_all, journal.write_all = before("write", job.write_all), before("journal", journal.write_all)
+    shard.write_all = job.write_all = before("write", job.write_all)
+    journal.write_all = before("journal", journal.write_all)
     os.fsync, os.replace = before("fsync", os.fsync), before("replace", os.replace)
     os.unlink = before("unlink", os.unlink)
-    job.SYNC_SECONDS = 0.0
+    recorder.SYNC_SECONDS = 0.0
     return count
 
 

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 import nybble
 from nybble import QuantConfig
-from nybble.checkpoint import StorageFullError, job, journal, slabs, writer
+from nybble.checkpoint import StorageFullError, job, journal, recorder, shard, slabs, task, writer
 from nybble.checkpoint.journal import JOURNAL_NAME, BusyError, Journal
 from nybble.checkpoint.writer import Staging
 from nybble.errors import CheckpointError, DestinationExistsError, LayoutError, NonFiniteError
@@ -48,7 +48,7 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def sync_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "SYNC_SECONDS", 0.0)
+    monkeypatch.setattr(recorder, "SYNC_SECONDS", 0.0)
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -69,15 +69,15 @@ class Stop(BaseException):
 
 def interrupted(monkeypatch: pytest.MonkeyPatch, after: int, error: BaseException) -> None:
     """Let the task with this number raise."""
-    original, count = job.Output.check_complete, [0]
+    original, count = task.Output.check_complete, [0]
 
-    def limited(self: job.Output) -> None:
+    def limited(self: task.Output) -> None:
         original(self)
         count[0] += 1
         if count[0] > after:
             raise error
 
-    monkeypatch.setattr(job.Output, "check_complete", limited)
+    monkeypatch.setattr(task.Output, "check_complete", limited)
 
 
 def test_what_is_done_is_not_done_again_and_the_report_is_whole(
@@ -203,9 +203,10 @@ def full_at(monkeypatch: pytest.MonkeyPatch, kind: str, number: int) -> None:
         while self._error is None and record not in self._journal.records:
             time.sleep(0.001)
 
-    write_all, fallocate, add_to = writer.write_all, os.posix_fallocate, job._Recorder.add
-    monkeypatch.setattr(job._Recorder, "add", add)
+    write_all, fallocate, add_to = writer.write_all, os.posix_fallocate, recorder.Recorder.add
+    monkeypatch.setattr(recorder.Recorder, "add", add)
     monkeypatch.setattr(job, "write_all", write)
+    monkeypatch.setattr(shard, "write_all", write)
     monkeypatch.setattr(journal, "write_all", append)
     monkeypatch.setattr(os, "posix_fallocate", claim)
 

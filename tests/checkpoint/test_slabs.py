@@ -16,8 +16,9 @@ import nybble
 from nybble import QuantConfig, QuantTensor
 from nybble.checkpoint import bnb
 from nybble.checkpoint.files import open_source
-from nybble.checkpoint.job import Job, Output, Task
+from nybble.checkpoint.job import Job
 from nybble.checkpoint.slabs import CHUNK, PlainReader, QuantizedReader, QuantSink, ScaledReader, pump
+from nybble.checkpoint.task import Output, Task
 from nybble.errors import CheckpointError, LayoutError, NonFiniteError
 
 CONFIGS = [

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.job import give_back
+from ..checkpoint.workers import give_back
 from ..errors import CalibrationError
 from ..formats import QuantConfig
 from ..tensor import QuantTensor

@@ -15,10 +15,10 @@ from ..calibration.rounding import Rounded, plain_rule
 from ..tensor import QuantTensor
 from . import bnb
 from .files import Source, TensorInfo
-from .job import Output, StoppedError, Task
 from .report import TensorReport
 from .select import Selection
 from .slabs import CHUNK, FLOAT_DTYPES, ErrorSums
+from .task import Output, StoppedError, Task
 from .writer import tensor_bytes
 
 

@@ -24,7 +24,7 @@ from . import bnb
 from .absorb import AbsorbSink
 from .adapter import WEIGHTS_NAME, AdapterFile, AdapterLayer, match_names, read_adapter
 from .files import DTYPE_NAMES, Source, TensorInfo, check_outside, open_source
-from .job import Job, Output, Task
+from .job import Job
 from .report import format_bytes
 from .select import select
 from .slabs import (
@@ -40,6 +40,7 @@ from .slabs import (
     pump,
 )
 from .stream import Progress, carried_files, check_run_arguments, fingerprint, plan_digest, progress_bar
+from .task import Output, Task
 from .update import FiniteReader, MergedReader, Update
 from .weights import Weights
 from .writer import Slot, Staging

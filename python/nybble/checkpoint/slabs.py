@@ -20,8 +20,8 @@ from ..formats import NESTED_BLOCK_SIZE, QuantConfig, dynamic_map
 from ..tensor import QuantTensor, quant_state_text
 from . import bnb
 from .files import DTYPE_NAMES, TORCH_DTYPES, TensorInfo, read_range, read_tensor
-from .job import Output
 from .report import TensorReport
+from .task import Output
 from .writer import Slot, tensor_bytes
 
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

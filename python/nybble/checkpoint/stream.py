@@ -15,10 +15,11 @@ from .. import __version__
 from ..formats import QuantConfig
 from . import bnb
 from .files import OTHER_WEIGHT_SUFFIXES, Source, TensorInfo, check_outside, open_source
-from .job import Job, Output, Task, Tick
+from .job import Job
 from .report import CheckpointReport, TensorReport
 from .select import Selection, select
 from .slabs import PlainReader, PlainSink, QuantSink, Reader, ScaledReader, copy, least_memory, pump
+from .task import Output, Task, Tick
 from .writer import Slot
 
 if TYPE_CHECKING:
