@@ -19,9 +19,10 @@ from typing import Any
 from ..errors import CheckpointError, DestinationExistsError
 from .files import INDEX_NAME
 from .journal import JOURNAL_NAME, Journal
-from .recorder import Recorder
+from .recorder import Recorder, Records
 from .shard import Shard, shard_names, temporary_name
 from .task import Task, Tick, distribute
+from .team import LostProcessError
 from .workers import Workers
 from .writer import ShardLayout, StorageFullError, full_disk_names, make_directory, sync_directory, write_all
 
@@ -41,12 +42,16 @@ class Job:
         *,
         workers: int | None = None,
         max_memory: int | None = None,
+        sharing: int = 1,
         restart: bool = False,
     ) -> None:
+        """`sharing`: processes that share `max_memory`; see `nybble.quantize` for the rest."""
         self.destination, self._identity, self._restart = destination, identity, restart
-        self._workers = Workers(workers, max_memory)
+        self._workers = Workers(workers, max_memory, sharing)
         self.kept = self._workers.kept
+        self._log: Records
         self._shards: list[Shard] = []
+        self._mine: list[Shard] = []  # what this process makes of them
         self._made: list[Path] = []
         self._started = self._committed = False
         self._earlier = 0  # records of an earlier run
@@ -54,12 +59,13 @@ class Job:
     def __enter__(self) -> Job:
         return self
 
-    def _start(self) -> None:
+    def _start(self, tasks: Sequence[Task]) -> None:
         """Take the destination, and go on with what its journal has, or begin."""
         with full_disk_names(self.destination):
             self._made = make_directory(self.destination)
         _check_free(self.destination)
         self._journal = Journal(self.destination)
+        self._log = self._journal
         try:
             if self._journal.identity is None:
                 _check_free(self.destination)
@@ -81,7 +87,7 @@ class Job:
         if self._journal.identity is not None and not self._journal.is_of(self._identity) and not self._restart:
             raise DestinationExistsError(
                 f"{self.destination}: holds an unfinished run of something else "
-                f"({_difference(self._journal.identity, self._identity)}); finish that with the same arguments, or "
+                f"({difference(self._journal.identity, self._identity)}); finish that with the same arguments, or "
                 f"discard it with restart=True (--restart)"
             )
 
@@ -92,7 +98,7 @@ class Job:
             return
         if not self._journal.records or (self._workers.spoiled and not self._earlier):
             self._clear()
-        elif isinstance(value, StorageFullError):
+        elif isinstance(value, StorageFullError | LostProcessError):
             count = len(self._journal.records)
             value.outcome = f"{count} weights are done and kept in {self.destination}, the same command goes on"
         self._journal.__exit__(None, None, None)
@@ -131,8 +137,8 @@ class Job:
         """
         self._workers.check_memory(tasks)
         self._lay_out(tasks, max_shard_size, metadata)
-        self._start()
-        if not any("commit" in record for record in self._journal.records):
+        self._start(tasks)
+        if not any("commit" in record for record in self._log.records):
             self._work(tasks, tick)
         records = self._records()
         return [records[task.name]["result"] for task in tasks]
@@ -146,31 +152,33 @@ class Job:
             )
         ]
         self._place = {t.name: shard for shard, group in zip(self._shards, groups, strict=True) for t in group}
+        self._mine = self._shards
         self.shards = [shard.path.name for shard in self._shards]
 
     def _work(self, tasks: Sequence[Task], tick: Tick) -> None:
         """Do the tasks and complete their files."""
         done = self._records()
-        for shard in self._shards:
+        for shard in self._mine:
             if not shard.is_whole():
                 done = {name: record for name, record in done.items() if self._place.get(name) is not shard}
-        for shard in self._shards:
+        for shard in self._mine:
             shard.open()
-        recorder = Recorder(self._journal)
+        recorder = Recorder(self._log)
         try:
-            records = self._workers.run(tasks, self._place, done, recorder, tick)
+            mine = [task for task in tasks if self._place[task.name] in self._mine]
+            records = self._workers.run(mine, self._place, done, recorder, tick)
         except BaseException:
             with contextlib.suppress(OSError):
                 recorder.close()
             raise
         recorder.close()
         texts = {name: text.encode() for record in records.values() for name, text in record["texts"].items()}
-        for shard in self._shards:
+        for shard in self._mine:
             shard.finish(texts)
             shard.close()
 
     def _records(self) -> dict[str, dict[str, Any]]:
-        return {record["task"]: record for record in self._journal.records if "task" in record}
+        return {record["task"]: record for record in self._log.records if "task" in record}
 
     @property
     def resumed(self) -> int:
@@ -257,14 +265,14 @@ def _check_free(destination: Path) -> None:
         raise DestinationExistsError(f"{destination}: the destination exists and is not empty ({listed})")
 
 
-def _difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     """The first thing in which two identities differ, for people."""
     for key in sorted(new.keys() | (old.keys() - {"journal"})):
         a, b = old.get(key), json.loads(json.dumps(new.get(key)))
         if a == b:
             continue
         if isinstance(a, dict) and isinstance(b, dict):
-            return f"{key}: {_difference(a, b)}"
+            return f"{key}: {difference(a, b)}"
         return f"{key} was {_shown(a)}, is {_shown(b)}"
     return "an older version"
 

@@ -15,11 +15,13 @@ from .. import __version__
 from ..formats import QuantConfig
 from . import bnb
 from .files import OTHER_WEIGHT_SUFFIXES, Source, TensorInfo, check_outside, open_source
-from .job import Job
+from .processes import Processes, check_processes, together
 from .report import CheckpointReport, TensorReport
 from .select import Selection, select
 from .slabs import PlainReader, PlainSink, QuantSink, Reader, ScaledReader, copy, least_memory, pump
 from .task import Output, Task, Tick
+from .team import Team
+from .together import job_of
 from .writer import Slot
 
 if TYPE_CHECKING:
@@ -51,13 +53,14 @@ def quantize(
     restart: bool = False,
     progress: Progress | bool | None = None,
     calibration: Calibration | Text | None = None,
+    processes: Processes = 1,
 ) -> CheckpointReport:
     """Quantize the linear weights of a safetensors checkpoint into a new directory in bitsandbytes' layout.
 
     Weights are read, quantized and written in pieces, by several threads; fp8 weights are decoded by their scales.
     Everything else in the checkpoint (other tensors, config, tokenizer) is carried along; weights in other formats are
     not. The files get their names only when all are complete. An interrupted run (killed, out of disk space) is
-    continued by the same call, with the same bytes as a result; neither threads nor memory change them.
+    continued by the same call, with the same bytes as a result; neither threads, processes nor memory change them.
 
     Args:
         src: a `.safetensors` file, or a Hugging Face directory, sharded or not.
@@ -75,6 +78,13 @@ def quantize(
             the model a block at a time, in fp32, on all of torch's threads (`workers` is not looked at), and takes
             memory for one block, the moments of its inputs and the activations. Weights outside of the blocks, and
             experts in three dimensions, are rounded by `config.search`.
+        processes: how many do the work, spread over them by output file, so that it takes several of those to be
+            shared (see `max_shard_size`). A number: this one and others, started for the work on this machine; they
+            share `max_memory`, to which the libraries of each come, and by default the threads. (The calling program
+            must then be a module that can be imported without doing it all again, as for `multiprocessing`.)
+            "torchrun": this call is made by every process of a run of torchrun, on one machine or on several that see
+            the same files; `max_memory` is for those of a machine. The first process reports progress and errors.
+            Not with `calibration`, which goes from block to block.
 
     Returns:
         A report; `report.table()` is a rich table of its figures.
@@ -89,11 +99,38 @@ def quantize(
         PatternError: a pattern of `config.skip`, `include` or `overrides` matches no linear layer.
         NonFiniteError: a weight holds NaN or infinity; names the tensor and its file.
         StorageFullError: the disk is full; what is done is kept for the same call to go on.
+        LostProcessError: one of several processes has ended; what is done is kept alike.
+        ReportedError: in every process but the first, where that one raises an error, which is the cause of this.
     """
     config = QuantConfig() if config is None else config
     if not isinstance(config, QuantConfig):
         raise TypeError(f"config: a QuantConfig is needed, not {type(config).__name__}")
     check_run_arguments(max_shard_size, max_memory, workers)
+    check_processes(processes)
+    if calibration is not None and processes != 1:
+        raise ValueError(
+            f"processes: with a calibration one process does the work, not {processes!r}: a block is rounded by what "
+            f"the blocks before it put out"
+        )
+    return together(
+        _quantize, processes, src=src, dst=dst, config=config, max_shard_size=max_shard_size, max_memory=max_memory,
+        workers=workers, restart=restart, progress=progress, calibration=calibration,
+    )  # fmt: skip
+
+
+def _quantize(
+    team: Team | None,
+    src: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    config: QuantConfig,
+    max_shard_size: float,
+    max_memory: float | None,
+    workers: int | None,
+    restart: bool,
+    progress: Progress | bool | None,
+    calibration: Calibration | Text | None,
+) -> CheckpointReport:
+    """One process's part of `quantize`."""
     source, destination = open_source(src), Path(dst)
     check_outside(Path(src), destination)
     selection = select(source, config)
@@ -116,7 +153,8 @@ def quantize(
         "plan": plan_digest(tasks),
         **({} if calibrator is None else {"calibration": calibrator.identity}),
     }
-    job = Job(
+    job = job_of(
+        team,
         destination,
         identity,
         workers=workers if calibrator is None else 1,
@@ -133,7 +171,17 @@ def quantize(
         report.notes.extend(calibrator.unreached(results))
     report.tensors = [TensorReport.from_dict(result) for result in results if result]
     report.shards, report.bytes_after, report.resumed = job.shards, job.nbytes, job.resumed
+    if team is not None and len(job.shards) < team.size:
+        report.notes.append(idle_note(len(job.shards), team.size))
     return report
+
+
+def idle_note(files: int, processes: int) -> str:
+    """For a report where processes had nothing to do."""
+    return (
+        f"{files} output file{'s' if files > 1 else ''} for {processes} processes: {processes - files} had nothing to "
+        f"do; a smaller max_shard_size makes more files"
+    )
 
 
 def check_run_arguments(max_shard_size: float, max_memory: float | None, workers: int | None) -> None:

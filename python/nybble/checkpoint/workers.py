@@ -57,14 +57,14 @@ class Workers:
         resumed: tasks that an earlier run had done. spoiled: whether a task met an error that lies in the data.
     """
 
-    def __init__(self, workers: int | None, max_memory: int | None) -> None:
-        """`max_memory`: bytes that all tasks at work may hold together."""
+    def __init__(self, workers: int | None, max_memory: int | None, sharing: int = 1) -> None:
+        """`max_memory`: bytes that all tasks at work may hold together, in all of the `sharing` processes."""
         self._threads = max(1, torch.get_num_threads())
         self._workers = self._threads if workers is None else workers
-        self._memory = max_memory
+        self._memory, self._sharing = max_memory, sharing
         self.resumed, self.spoiled = 0, False
         self._kept: dict[str, tuple[Task, Record]] = {}
-        self._stop = threading.Event()
+        self._stop, self._stopped = threading.Event(), False
         self._tick_lock = threading.Lock()
 
     def check_memory(self, tasks: Sequence[Task]) -> None:
@@ -77,13 +77,14 @@ class Workers:
             most = max((task.fixed + max(task.widest, _MAX_ROOM) for task in tasks), default=0)
             self._budget, self._share = Budget(most + self._workers * _MAX_ROOM), _MAX_ROOM
             return
-        total = int(self._memory * 0.8) - _RESERVE
+        total = int(self._memory / self._sharing * 0.8) - _RESERVE
         for task in tasks:
             need = task.fixed + task.widest
             if need > total:
-                least = int((need + _RESERVE) / 0.8) + 1
+                least = (int((need + _RESERVE) / 0.8) + 1) * self._sharing
+                among = "" if self._sharing == 1 else f" for {self._sharing} processes"
                 raise CheckpointError(
-                    f"max_memory: {self._memory:,} bytes are too few: {task.name!r} needs at least {least:,}"
+                    f"max_memory: {self._memory:,} bytes{among} are too few: {task.name!r} needs at least {least:,}"
                 )
         self._budget, self._share = Budget(total), total // self._workers
 
@@ -99,6 +100,7 @@ class Workers:
 
         Raises:
             Whatever a task raises; the others stop.
+            StoppedError: `stop` was called.
         """
         self._place, self._recorder, self._tick = place, recorder, tick
         todo = {}
@@ -113,9 +115,16 @@ class Workers:
                     for future in todo:
                         future.cancel()
             _raise_first(todo)
+            if self._stopped:
+                raise StoppedError
         finally:
             torch.set_num_threads(self._threads)
         return {task.name: future.result() for future, task in todo.items()}
+
+    def stop(self) -> None:
+        """Let `run` end soon, for something outside of it."""
+        self._stopped = True
+        self._stop.set()
 
     def _use_threads(self) -> None:
         # Of this thread alone: OpenMP keeps the number by thread.

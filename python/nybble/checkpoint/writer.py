@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 
@@ -30,6 +30,9 @@ class StorageFullError(OSError):
     def __init__(self, number: int, path: Path) -> None:
         super().__init__(number, f"{path}: {os.strerror(number).lower()} while writing", str(path))
         self.outcome = "nothing was left behind"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.errno, Path(self.filename)), {"outcome": self.outcome}
 
     def __str__(self) -> str:
         return f"{self.strerror}; {self.outcome}"

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..calibration.settings import SAMPLES, SEQ, Rounding
+from .processes import ProcessesOption, in_processes
 
 _ROUNDING = Rounding()
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -87,9 +88,12 @@ def command(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest output file, such as 5GB.")] = "5GB",
     max_memory: Annotated[
-        str | None, typer.Option(help="What the process may take beyond its libraries, such as 512MB.")
+        str | None,
+        typer.Option(help="What the processes of a machine may take together, beyond their libraries, such as 512MB."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help=_with_default("Threads.", "one a core"))] = None,
+    workers: Annotated[
+        int | None, typer.Option(help=_with_default("Threads of a process.", "the cores, divided by processes"))
+    ] = None,
     report: Annotated[
         Path | None, typer.Option(help="Write the error of every weight to this JSON file, and a plot beside it.")
     ] = None,
@@ -127,6 +131,7 @@ def command(
             )
         ),
     ] = None,
+    processes: ProcessesOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in DST.")] = False,
 ) -> None:
     """Quantize the linear layers of a checkpoint, in bounded memory. Interrupted, the same command goes on."""
@@ -159,16 +164,20 @@ def command(
         from ..calibration import Calibration
 
         calibration = Calibration(calibrate, rounding=Rounding(**rounding), **extent)
-    result = quantize(
-        src,
-        dst,
-        config,
-        max_shard_size=limit,
-        max_memory=memory,
-        workers=workers,
-        restart=restart,
-        progress=True,
-        calibration=calibration,
+    result = in_processes(
+        processes,
+        lambda count: quantize(
+            src,
+            dst,
+            config,
+            max_shard_size=limit,
+            max_memory=memory,
+            workers=workers,
+            restart=restart,
+            progress=True,
+            calibration=calibration,
+            processes=count,
+        ),
     )
     console = Console()
     console.print(result.table())

@@ -1,0 +1,208 @@
+"""How several processes come to do one job: started here for it, or started by torchrun."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Any, Literal, TypeVar
+
+import torch
+
+from .team import Leader, LinkLostError, LostProcessError, Member, Message, ReportedError, Team
+
+Processes = int | Literal["torchrun"]
+T = TypeVar("T")
+
+# After so long a silence a process, or the network to it, counts as gone.
+_SILENCE = timedelta(minutes=5)
+_ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def check_processes(processes: Processes) -> None:
+    """Raises ValueError unless so many processes can be had."""
+    if processes == "torchrun":
+        missing = [name for name in _ENVIRONMENT if name not in os.environ]
+        if missing:
+            raise ValueError(f"processes: 'torchrun' needs {', '.join(missing)} in the environment; torchrun sets it")
+    elif isinstance(processes, bool) or not isinstance(processes, int) or processes < 1:
+        raise ValueError(f"processes: a number of processes, 1 or more, or 'torchrun' is needed, not {processes!r}")
+
+
+def together(function: Callable[..., T], processes: Processes, **arguments: Any) -> T:
+    """`function(team, **arguments)` in every one of `processes`; the result of this one's.
+
+    Processes that are started here import `function` and call it with the same arguments, but for `progress`, which is
+    this process's.
+
+    Raises:
+        Whatever goes wrong in any of the processes, here if this is the first one.
+        ReportedError: it is not, and the first one raises it.
+        LostProcessError: one of the processes has ended.
+    """
+    check_processes(processes)
+    if processes == "torchrun":
+        if int(os.environ["WORLD_SIZE"]) == 1:
+            return function(None, **arguments)
+        with _joined() as team:
+            return _run(function, team, arguments)
+    if processes == 1:
+        return function(None, **arguments)
+    with _started(int(processes), function, {**arguments, "progress": None}) as team:
+        return _run(function, team, arguments)
+
+
+def _run(function: Callable[..., T], team: Team, arguments: dict[str, Any]) -> T:
+    if isinstance(team, Leader):
+        with team:
+            return function(team, **arguments)
+    try:
+        with team:
+            return function(team, **{**arguments, "progress": None})
+    except LostProcessError as error:
+        if error.rank == 0:
+            raise
+        raise ReportedError(f"rank {team.rank} of {team.size} processes stopped; rank 0 says why") from error
+    except Exception as error:
+        raise ReportedError(f"rank {team.rank} of {team.size} processes stopped; rank 0 says why") from error
+
+
+# ---- started here ----------------------------------------------------------------------------------------------------
+
+
+class _Pipe:
+    """To a process of this machine; `process` is None in that process itself, whose pipe leads to its parent."""
+
+    def __init__(self, connection: Connection, process: BaseProcess | None = None) -> None:
+        self._connection, self._process = connection, process
+
+    def send(self, message: Message) -> None:
+        try:
+            self._connection.send(message)
+        except OSError as error:
+            raise LinkLostError(self._fate()) from error
+
+    def receive(self) -> Message:
+        try:
+            message: Message = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise LinkLostError(self._fate()) from error
+        return message
+
+    def _fate(self) -> str:
+        if self._process is None:
+            return "its pipe is closed"
+        self._process.join(5)
+        code = self._process.exitcode
+        if code is None:
+            return "its pipe is closed"
+        return f"exit status {code}" if code >= 0 else f"killed by {_signal_name(-code)}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
+
+
+@contextlib.contextmanager
+def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any]) -> Iterator[Leader]:
+    """This process and `size` - 1 new ones, which share the threads that this one has had."""
+    threads = torch.get_num_threads()
+    share = max(1, threads // size)
+    context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
+    children: dict[int, multiprocessing.context.SpawnProcess] = {}
+    pipes: dict[int, _Pipe] = {}
+    try:
+        for rank in range(1, size):
+            here, there = context.Pipe()
+            child = context.Process(
+                target=_child, args=(there, rank, size, share, function, arguments), name=f"nybble-{rank}", daemon=True
+            )
+            child.start()
+            there.close()
+            children[rank], pipes[rank] = child, _Pipe(here, child)
+        torch.set_num_threads(share)
+        yield Leader(pipes, sharing=size)
+    finally:
+        torch.set_num_threads(threads)
+        for child in children.values():
+            child.join(5)  # it has left, or could not be stopped
+            if child.is_alive():
+                child.kill()
+
+
+def _child(
+    connection: Connection, rank: int, size: int, threads: int, function: Callable[..., Any], arguments: dict[str, Any]
+) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from the keyboard, reaches all: the first stops us
+    torch.set_num_threads(threads)
+    try:
+        _run(function, Member(_Pipe(connection), rank, size, sharing=size), arguments)
+    except ReportedError:
+        sys.exit(1)
+    except LostProcessError as error:
+        sys.exit(f"error: {error}")
+
+
+# ---- started by torchrun ---------------------------------------------------------------------------------------------
+
+
+class _Gloo:
+    """To a process of the same process group, by torch.distributed."""
+
+    def __init__(self, group: Any, peer: int) -> None:
+        self._group, self._peer = group, peer
+
+    def send(self, message: Message) -> None:
+        from torch import distributed
+
+        try:
+            distributed.send_object_list([message], group=self._group, group_dst=self._peer)
+        except RuntimeError as error:
+            raise LinkLostError(_first_line(error)) from error
+
+    def receive(self) -> Message:
+        from torch import distributed
+
+        found: list[Any] = [None]
+        try:
+            distributed.recv_object_list(found, group=self._group, group_src=self._peer)
+        except RuntimeError as error:
+            raise LinkLostError(_first_line(error)) from error
+        message: Message = found[0]
+        return message
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
+
+
+@contextlib.contextmanager
+def _joined() -> Iterator[Team]:
+    """All processes of this run of torchrun, of which this is one; a group that there is already is left alone."""
+    from torch import distributed
+
+    is_new = not distributed.is_initialized()
+    if is_new:
+        distributed.init_process_group("gloo", timeout=_SILENCE)
+    group = None if is_new else distributed.new_group(backend="gloo", timeout=_SILENCE)
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    team: Team
+    if rank == 0:
+        team = Leader({peer: _Gloo(group, peer) for peer in range(1, size)}, sharing)
+    else:
+        team = Member(_Gloo(group, 0), rank, size, sharing)
+    try:
+        yield team
+    finally:
+        if team.is_alone:  # a thread that still waits for a message would meet a group that is gone
+            distributed.destroy_process_group(group)
