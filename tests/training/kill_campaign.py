@@ -3,10 +3,9 @@
 python tests/training/kill_campaign.py MODEL FOLDER POINTS [OPTIONS]
 
 MODEL: a checkpoint directory with a tokenizer, or "tiny" for a random Llama over bytes. OPTIONS: JSON, fields of
-TrainConfig. A process that has done nothing but imports forks one child a run. The child counts what it does (forward
-passes, backward passes, optimizer steps, writes, syncs, renames) and kills itself with SIGKILL at the given one. Then
-the same call is made again. Compared with a run that was not interrupted: adapter/, the losses in metrics.jsonl, and
-the last checkpoint, which holds parameters, optimizer state and losses, byte for byte.
+TrainConfig. Each run counts what it does (backward passes, optimizer steps, writes, syncs, renames) and kills itself
+with SIGKILL at the given one. Then the same call is made again. Compared with a run that was not interrupted: adapter/,
+the losses in metrics.jsonl, and the last checkpoint, which holds parameters, optimizer state and losses, byte for byte.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from nybble.training import finetune, loop, optimization
 from nybble.training.run_directory import RunDirectory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from killed import Steps, in_child
 
 OPTIONS = {
     "steps": 12,
@@ -49,51 +50,17 @@ OPTIONS = {
 }
 
 
-def count_steps(kind: str, die_at: int) -> dict[str, int]:
+def counted(kind: str = "", die_at: int = -1) -> Steps:
     """Count what the run does, by its kind; number `die_at` of `kind` is the last moment of this process."""
-    count = dict.fromkeys(("backward", "optimizer", "write", "fsync", "replace"), 0)
-
-    def before(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def step(*args: Any, **kwargs: Any) -> Any:
-            count[name] += 1
-            if name == kind and count[name] == die_at:
-                if name == "write" and len(args[1]) > 1:  # half a write is as real as none
-                    function(args[0], args[1][: len(args[1]) // 2])
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*args, **kwargs)
-
-        return step
-
-    torch.Tensor.backward = before("backward", torch.Tensor.backward)  # type: ignore[method-assign]
-    optimization.RunningMean.update = before(  # type: ignore[method-assign]
+    steps = Steps(("backward", "optimizer", "write", "fsync", "replace"), kind, die_at)
+    torch.Tensor.backward = steps.before("backward", torch.Tensor.backward)  # type: ignore[method-assign]
+    optimization.RunningMean.update = steps.before(  # type: ignore[method-assign]
         "optimizer", optimization.RunningMean.update
     )
-    writer.write_all = before("write", writer.write_all)
-    os.fsync, os.replace = before("fsync", os.fsync), before("replace", os.replace)
+    writer.write_all = steps.before("write", writer.write_all, is_write=True)
+    os.fsync, os.replace = steps.before("fsync", os.fsync), steps.before("replace", os.replace)
     RunDirectory.finish = lambda self: None  # type: ignore[method-assign]  # its last checkpoint is compared too
-    return count
-
-
-def in_child(run: Callable[[], None], kind: str = "", die_at: int = -1) -> tuple[int, dict[str, int]]:
-    """(exit status as the shell counts, what it did) of `run` in a forked child."""
-    reader, pipe_writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            count = count_steps(kind, die_at)
-            run()
-            os.write(pipe_writer, json.dumps(count).encode())
-            status = 0
-        except BaseException as error:
-            print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        finally:
-            os._exit(status)
-    os.close(pipe_writer)
-    _, status = os.waitpid(child, 0)
-    with os.fdopen(reader) as pipe:
-        steps = pipe.read()
-    return os.waitstatus_to_exitcode(status), json.loads(steps or "{}")
+    return steps
 
 
 def train(model_name: str, out: Path, options: dict[str, Any]) -> None:
@@ -139,7 +106,7 @@ def main() -> None:
     def run(out: Path) -> Callable[[], None]:
         return lambda: train(model, out, options)
 
-    status, did = in_child(run(folder / "whole"))
+    status, did = in_child(run(folder / "whole"), counted)
     assert status == 0, (status, did)
     whole = outcome(folder / "whole")
     draw = random.Random(0)
@@ -148,9 +115,9 @@ def main() -> None:
     same = 0
     for kind, number in chosen:
         out = folder / f"{kind}{number}"
-        status, _ = in_child(run(out), kind, number)
+        status, _ = in_child(run(out), partial(counted, kind, number))
         assert status == -signal.SIGKILL, (kind, number, status)
-        status, _ = in_child(run(out))
+        status, _ = in_child(run(out), counted)
         assert status == 0, f"killed at {kind} {number}: the same call does not go on"
         found = outcome(out)
         differ = [name for name in whole if found.get(name) != whole[name]]
