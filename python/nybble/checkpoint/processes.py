@@ -7,6 +7,8 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
@@ -51,14 +53,15 @@ def together(function: Callable[..., T], processes: Processes, **arguments: Any)
         if int(os.environ["WORLD_SIZE"]) == 1:
             return function(None, **arguments)
         with _joined() as team:
-            return _run(function, team, arguments)
+            return take_part(function, team, arguments)
     if processes == 1:
         return function(None, **arguments)
     with _started(int(processes), function, {**arguments, "progress": None}) as team:
-        return _run(function, team, arguments)
+        return take_part(function, team, arguments)
 
 
-def _run(function: Callable[..., T], team: Team, arguments: dict[str, Any]) -> T:
+def take_part(function: Callable[..., T], team: Team, arguments: dict[str, Any]) -> T:
+    """This process's call; see `together`."""
     if isinstance(team, Leader):
         with team:
             return function(team, **arguments)
@@ -76,7 +79,7 @@ def _run(function: Callable[..., T], team: Team, arguments: dict[str, Any]) -> T
 # ---- started here ----------------------------------------------------------------------------------------------------
 
 
-class _Pipe:
+class PipeLink:
     """To a process of this machine; `process` is None in that process itself, whose pipe leads to its parent."""
 
     def __init__(self, connection: Connection, process: BaseProcess | None = None) -> None:
@@ -119,7 +122,7 @@ def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any])
     share = max(1, threads // size)
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
     children: dict[int, multiprocessing.context.SpawnProcess] = {}
-    pipes: dict[int, _Pipe] = {}
+    pipes: dict[int, PipeLink] = {}
     try:
         for rank in range(1, size):
             here, there = context.Pipe()
@@ -128,7 +131,7 @@ def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any])
             )
             child.start()
             there.close()
-            children[rank], pipes[rank] = child, _Pipe(here, child)
+            children[rank], pipes[rank] = child, PipeLink(here, child)
         torch.set_num_threads(share)
         yield Leader(pipes, sharing=size)
     finally:
@@ -145,17 +148,17 @@ def _child(
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # from the keyboard, reaches all: the first stops us
     torch.set_num_threads(threads)
     try:
-        _run(function, Member(_Pipe(connection), rank, size, sharing=size), arguments)
+        take_part(function, Member(PipeLink(connection), rank, size, sharing=size), arguments)
     except ReportedError:
         sys.exit(1)
-    except LostProcessError as error:
-        sys.exit(f"error: {error}")
+    except LostProcessError as error:  # of the first process, which would have said so
+        sys.exit(f"error: {error}" if rank == 1 else 1)
 
 
 # ---- started by torchrun ---------------------------------------------------------------------------------------------
 
 
-class _Gloo:
+class GlooLink:
     """To a process of the same process group, by torch.distributed."""
 
     def __init__(self, group: Any, peer: int) -> None:
@@ -167,7 +170,7 @@ class _Gloo:
         try:
             distributed.send_object_list([message], group=self._group, group_dst=self._peer)
         except RuntimeError as error:
-            raise LinkLostError(_first_line(error)) from error
+            raise LinkLostError(_how(error)) from error
 
     def receive(self) -> Message:
         from torch import distributed
@@ -176,13 +179,15 @@ class _Gloo:
         try:
             distributed.recv_object_list(found, group=self._group, group_src=self._peer)
         except RuntimeError as error:
-            raise LinkLostError(_first_line(error)) from error
+            raise LinkLostError(_how(error)) from error
         message: Message = found[0]
         return message
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _how(error: RuntimeError) -> str:
+    if "timed out" in str(error).lower():
+        return f"it has said nothing for {_SILENCE.seconds} seconds"
+    return "its connection is closed"
 
 
 @contextlib.contextmanager
@@ -198,11 +203,34 @@ def _joined() -> Iterator[Team]:
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     team: Team
     if rank == 0:
-        team = Leader({peer: _Gloo(group, peer) for peer in range(1, size)}, sharing)
+        team = Leader({peer: GlooLink(group, peer) for peer in range(1, size)}, sharing)
     else:
-        team = Member(_Gloo(group, 0), rank, size, sharing)
+        team = Member(GlooLink(group, 0), rank, size, sharing)
     try:
-        yield team
+        with _last_words(team):
+            yield team
     finally:
         if team.is_alone:  # a thread that still waits for a message would meet a group that is gone
             distributed.destroy_process_group(group)
+
+
+@contextlib.contextmanager
+def _last_words(team: Team) -> Iterator[None]:
+    """Keep the first process until it has said which of the others failed: torchrun then ends all that are left."""
+    if not isinstance(team, Leader) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: Any) -> None:
+        for _ in range(20):  # torchrun may know before the connection breaks
+            if team.has_failed:
+                return
+            time.sleep(0.05)
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

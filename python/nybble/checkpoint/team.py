@@ -164,6 +164,11 @@ class Leader:
         self.stop(value or RuntimeError("the job is over"))
 
     @property
+    def has_failed(self) -> bool:
+        """Whether something went wrong in a member, or here with its records."""
+        return self._error is not None
+
+    @property
     def is_alone(self) -> bool:
         """Whether all members are gone."""
         return len(self._gone) == len(self._links)
@@ -351,7 +356,9 @@ class Member:
                     return
                 self._hear(self._link.receive())
         except LinkLostError as error:
-            self._hear({"stop": LostProcessError(0, self.size, "", str(error))})
+            lost = LostProcessError(0, self.size, "", str(error))
+            lost.outcome = "what it had recorded is kept, the same command goes on"
+            self._hear({"stop": lost})
 
     def _hear(self, answer: Message) -> None:
         with self._changed:

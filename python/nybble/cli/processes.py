@@ -30,11 +30,15 @@ def in_processes(processes: int | None, call: Callable[[Any], T]) -> T:
         raise ValueError(f"--processes {processes}: torchrun has started {started} processes already; use one of them")
     if started == 1 or processes == 1:
         return call(1 if processes is None else processes)
-    from ..checkpoint.team import ReportedError
+    from ..checkpoint.team import LostProcessError, ReportedError
 
     try:
         result = call("torchrun")
     except ReportedError as error:
+        raise typer.Exit(1) from error
+    except LostProcessError as error:
+        if os.environ["RANK"] in ("0", "1"):  # the first tells of others, the second of the first
+            raise
         raise typer.Exit(1) from error
     if os.environ["RANK"] != "0":
         raise typer.Exit
