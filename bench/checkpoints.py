@@ -1,8 +1,9 @@
 """Checkpoints beside the disk and beside transformers with bitsandbytes: the figures of the README.
 
-python bench/checkpoints.py quantize|kill|interop|load|merge|answer|all [--work DIR] [--json FILE]
+python bench/checkpoints.py quantize|processes|kill|interop|load|merge|answer|all [--work DIR] [--json FILE]
 
 quantize  8.6 GB of bf16 under max_memory=512MB: memory, and speed beside `cp`; 2.5 GB beside bitsandbytes
+processes 2.5 GB in 5 files by one process of all threads, and by two that share them: seconds, memory of all of them
 kill      runs of quantize and merge killed with SIGKILL: does the same call come to the same bytes?
 interop   SmolLM2 from nybble to bitsandbytes and back: the same perplexity?
 load      a 1 GB NF4 checkpoint: time and memory, one process and two
@@ -35,6 +36,7 @@ import nybble
 
 Row = dict[str, object]
 CEILING = 512e6
+SHARE = 250e6  # of an output file where processes share them
 NAMES = dict(zip(TOOLS, ("nybble.load", "nybble.load_into", "transformers + bitsandbytes"), strict=True))
 
 
@@ -79,6 +81,31 @@ def quantized(tool: str, source: Path, out: Path, **options: float) -> Row:
         "peak in all, MB": "peak",
     }
     return {"seconds": result["seconds"], **{name: result[key] / 1e6 for name, key in peaks.items()}}
+
+
+def processes(args: argparse.Namespace) -> list[Row]:
+    """Two processes on one machine: what their start and libraries cost, since threads share its cores already."""
+    part, out = write(args.work / "part", PART), args.work / "out"
+    settings = {"one process": (1, {}), "two processes": (2, {}), "two, 512MB": (2, {"max_memory": CEILING})}
+    rows = []
+    for turn in range(args.rounds):
+        for what in list(settings)[:: -1 if turn % 2 else 1]:
+            count, options = settings[what]
+            rows.append({"what": what, **from_disk(part, lambda c=count, o=options: spread(part, out, c, o))})
+            shutil.rmtree(out)
+    return rows
+
+
+def spread(source: Path, out: Path, count: int, options: dict[str, float]) -> Row:
+    """One run with `count` processes."""
+    with Worker("nybble") as worker:
+        result = worker("quantize_together", source, out, processes=count, max_shard_size=SHARE, **options)
+    return {
+        "seconds": result["seconds"],
+        "of it to the first weight": result["start"],
+        "all processes (Pss), MB": result["pss"] / 1e6,
+        "of it beyond libraries, MB": result["added"] / 1e6,
+    }
 
 
 def load(args: argparse.Namespace) -> list[Row]:
@@ -140,6 +167,7 @@ def held(tool: str, tiny: Path, part: Path, count: int) -> tuple[list[Row], floa
 
 COMMANDS: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
     "quantize": quantize,
+    "processes": processes,
     "kill": smollm2.kill,
     "interop": smollm2.interop,
     "load": load,

@@ -70,6 +70,47 @@ class Peaks:
         }
 
 
+class Together:
+    """What a process and those that it starts hold at most, libraries included, by samples."""
+
+    def __enter__(self) -> Together:
+        self.before = of_all([os.getpid()])
+        self._most, self._stop = dict(self.before), threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._start = time.perf_counter()
+        self._thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self._stop.wait(10 * SAMPLE_SECONDS):  # Pss costs a walk over all pages
+            now = of_all([os.getpid(), *started()])
+            self._most = {key: max(self._most[key], now[key]) for key in now}
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None):
+        self.seconds = time.perf_counter() - self._start
+        self._stop.set()
+        self._thread.join()
+        self.most = self._most
+
+
+def started() -> list[int]:
+    """The processes that this one has started."""
+    children = (path.read_text().split() for path in Path("/proc/self/task").glob("*/children"))
+    return [int(child) for part in children for child in part]
+
+
+def of_all(processes: list[int]) -> dict[str, int]:
+    """Sums over processes, in bytes: their shares of what they map (Pss), and what is theirs alone (Anonymous)."""
+    total = dict.fromkeys(("Pss", "Anonymous"), 0)
+    for process in processes:
+        with contextlib.suppress(OSError):  # it has ended
+            for line in Path(f"/proc/{process}/smaps_rollup").read_text().splitlines():
+                key = line.partition(":")[0]
+                if key in total:
+                    total[key] += int(line.split()[1]) << 10
+    return total
+
+
 class Tool:
     """The commands. Subclasses know a package."""
 
@@ -142,6 +183,25 @@ class Nybble(Tool):
 
     def _quantize(self, source: str, destination: str, **options: Any) -> None:
         self.nybble.quantize(source, destination, **options)
+
+    def quantize_together(self, source: str, destination: str, **options: Any) -> dict[str, float]:
+        """Checkpoint to checkpoint with `processes`; memory of all of them, libraries included."""
+        first: list[float] = []
+
+        def tick(done: int, total: int, name: str) -> None:
+            if not first:
+                first.append(time.perf_counter())
+
+        begin = time.perf_counter()
+        with Together() as memory:
+            self.nybble.quantize(source, destination, progress=tick, **options)
+        libraries = options["processes"] * memory.before["Anonymous"]
+        return {
+            "seconds": memory.seconds,
+            "start": first[0] - begin,
+            "pss": memory.most["Pss"],
+            "added": memory.most["Anonymous"] - libraries,
+        }
 
     def calibrate(self, source: str, destination: str, text: str, samples: int, seq: int) -> dict[str, float]:
         """Checkpoint to checkpoint, calibrated on a text file."""

@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import nybble
 from nybble import QuantConfig
-from nybble.checkpoint import StorageFullError, recorder, stream
+from nybble.checkpoint import StorageFullError, merging, recorder, stream
 from nybble.checkpoint.processes import PipeLink, take_part
 from nybble.checkpoint.shard import Shard
 from nybble.checkpoint.task import Output
@@ -71,13 +71,19 @@ def in_threads(
     size: int, src: Path, dst: Path, changes: dict[int, dict[str, Any]] | None = None, **settings: Any
 ) -> tuple[Any, list[Any]]:
     """(what rank 0 returns or raises, what the others do) with `changes` to the arguments of some ranks."""
+    return call_in_threads(size, stream._quantize, {**DEFAULTS, "src": src, "dst": dst, **settings}, changes)
+
+
+def call_in_threads(
+    size: int, function: Callable[..., Any], common: dict[str, Any], changes: dict[int, dict[str, Any]] | None = None
+) -> tuple[Any, list[Any]]:
     outcomes: list[Any] = [None] * size
     links: dict[int, PipeLink] = {}
 
     def part(make_team: Callable[[], Any], rank: int) -> None:
-        arguments = {**DEFAULTS, "src": src, "dst": dst, **settings, **(changes or {}).get(rank, {})}
+        arguments = {**common, **(changes or {}).get(rank, {})}
         try:
-            outcomes[rank] = take_part(stream._quantize, make_team(), arguments)
+            outcomes[rank] = take_part(function, make_team(), arguments)
         except BaseException as error:
             outcomes[rank] = error
 
@@ -107,6 +113,23 @@ def test_the_bytes_and_the_report_are_those_of_one_process(source: Path, tmp_pat
     assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
     assert seen[-1][:2] == (report.bytes_before, report.bytes_before)
     assert {name for _, _, name in seen} == set(load_file(source / "model.safetensors"))
+
+
+def test_a_merge_too(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    factors = {f"layers.{i}.fc.lora_A": torch.randn(2, 300) for i in (0, 3, 5)}
+    factors |= {f"layers.{i}.fc.lora_B": torch.randn(200 + i, 2) for i in (0, 3, 5)}
+    adapter = {f"base_model.model.{name}.weight": value for name, value in factors.items()}
+    save_file(adapter, tmp_path / "adapter" / "adapter_model.safetensors")
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 2}')
+    whole = nybble.merge(source, tmp_path / "adapter", tmp_path / "whole", "nf4", max_shard_size=SHARD)
+    arguments = {name: DEFAULTS[name] for name in ("max_shard_size", "max_memory", "workers", "restart", "progress")}
+    arguments |= {"base": source, "adapter": tmp_path / "adapter", "dst": tmp_path / "out", "to": "nf4", "onto": None}
+    arguments |= {"block_size": None, "search": "absmax", "absorb": False}
+    report, (other, _) = call_in_threads(3, merging._merge, arguments)
+    assert report.rows == other.rows == whole.rows
+    assert len(report.rows) == 3
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
 def test_processes_without_a_file_are_told_of(source: Path, tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from .combine import combine_adapters
 from .into import load_into
 from .load import load
-from .merging import MergeReport, merge, unmerge
+from .merge_report import MergeReport
+from .merging import merge, unmerge
 from .peft import load_adapter, save_adapter
 from .report import CheckpointReport, TensorReport
 from .stream import quantize

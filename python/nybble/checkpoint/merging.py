@@ -11,9 +11,9 @@ import math
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -24,8 +24,8 @@ from . import bnb
 from .absorb import AbsorbSink
 from .adapter import WEIGHTS_NAME, AdapterFile, AdapterLayer, match_names, read_adapter
 from .files import DTYPE_NAMES, Source, TensorInfo, check_outside, open_source
-from .job import Job
-from .report import format_bytes
+from .merge_report import MergeReport, MergeRow
+from .processes import Processes, check_processes, together
 from .select import select
 from .slabs import (
     CHUNK,
@@ -39,14 +39,13 @@ from .slabs import (
     least_memory,
     pump,
 )
-from .stream import Progress, carried_files, check_run_arguments, fingerprint, plan_digest, progress_bar
+from .stream import Progress, carried_files, check_run_arguments, fingerprint, idle_note, plan_digest, progress_bar
 from .task import Output, Task
+from .team import Team
+from .together import job_of
 from .update import FiniteReader, MergedReader, Update
 from .weights import Weights
-from .writer import Slot, Staging
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from .writer import Slot
 
 PLAIN = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 QUANTIZED = ("nf4", "fp4", "int4", "int8")
@@ -55,80 +54,6 @@ ABSORBING = ("nf4", "fp4", "int4")
 _HEAD = "lm_head.weight"
 # What model classes call the table of the embedding that such a head may share.
 _TABLES = ("embed_tokens.weight", "wte.weight", "word_embeddings.weight", "embed_in.weight", "shared.weight")
-
-
-@dataclass(frozen=True)
-class MergeRow:
-    """One merged weight.
-
-    Attributes:
-        update: ||T - W|| / ||T||, where T is the exact sum. base_error: with `onto`, ||W0 - Wq|| / ||W0||, what the
-            quantized base had lost of the original; else None. error: ||written - T|| / ||T||, None where T was only
-            rounded to 16 or 32 bits. max_error: the largest |written - T|.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    format: str
-    rank: int
-    update: float
-    base_error: float | None = None
-    error: float | None = None
-    max_error: float | None = None
-
-
-@dataclass
-class MergeReport:
-    """Returned by `nybble.merge`; `rows` are the weights that an adapter changed."""
-
-    base: Path
-    adapter: Path
-    destination: Path
-    rows: list[MergeRow] = field(default_factory=list)
-    bytes_after: int = 0
-    resumed: int = 0
-    notes: list[str] = field(default_factory=list)
-    perplexity: dict[str, float] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Every figure as JSON-able values."""
-        return {
-            "base": str(self.base),
-            "adapter": str(self.adapter),
-            "destination": str(self.destination),
-            "bytes_after": self.bytes_after,
-            "perplexity": self.perplexity,
-            "notes": self.notes,
-            "layers": [{**vars(row), "shape": list(row.shape)} for row in self.rows],
-        }
-
-    def write(self, path: Path) -> None:
-        """Write the figures as JSON."""
-        with Staging(path.parent) as staging:
-            staging.write(path.name, (json.dumps(self.to_dict(), indent=2) + "\n").encode())
-            staging.commit()
-
-    def table(self) -> Table:
-        """The closing table, for `rich.print`."""
-        from rich.table import Table
-
-        table = Table(show_header=False)
-        table.add_column("what")
-        table.add_column("value", justify="right")
-        table.add_row("merged weights", f"{len(self.rows)}")
-        table.add_row("format", ", ".join(sorted({row.format for row in self.rows})) or "-")
-        for what, name in (
-            ("mean update / weight", "update"),
-            ("mean error of the quantized base", "base_error"),
-            ("mean error after quantizing again", "error"),
-        ):
-            values = [value for row in self.rows if (value := getattr(row, name)) is not None]
-            if values:
-                table.add_row(what, f"{sum(values) / len(values):.4f} (largest {max(values):.4f})")
-        table.add_row("size", format_bytes(self.bytes_after))
-        for name, value in self.perplexity.items():
-            table.add_row(f"perplexity, {name}", f"{value:.4f}")
-        return table
 
 
 def merge(
@@ -146,6 +71,7 @@ def merge(
     workers: int | None = None,
     restart: bool = False,
     progress: Progress | bool | None = None,
+    processes: Processes = 1,
 ) -> MergeReport:
     """Merge a LoRA adapter (PEFT's layout) into a checkpoint directory, in bounded memory, resumable.
 
@@ -161,13 +87,14 @@ def merge(
         absorb: for a 4-bit result from a quantized base, without `onto`: round so that the update's effect survives
             (`nybble.checkpoint.absorb`), where rounding to the nearest code loses nearly all of it. Slower; and where
             the original weights are at hand, `onto` loses less.
-        max_shard_size, max_memory, workers, restart, progress: see `nybble.quantize`.
+        max_shard_size, max_memory, workers, restart, progress, processes: see `nybble.quantize`.
 
     Returns:
         A report with a row a merged weight.
 
     Raises:
-        CheckpointNotFoundError, CheckpointError, DestinationExistsError, StorageFullError: as `nybble.quantize`.
+        CheckpointNotFoundError, CheckpointError, DestinationExistsError, StorageFullError, LostProcessError,
+            ReportedError: as `nybble.quantize`.
         PatternError: the adapter names a layer that the base does not have.
         NonFiniteError: the adapter or a merged weight holds NaN or infinity; names the tensor and its file.
         ValueError: `to` is not one of those, or an option does not go with it.
@@ -175,6 +102,27 @@ def merge(
     if to not in (*PLAIN, *QUANTIZED):
         raise ValueError(f"to is {to!r}; allowed are {', '.join((*PLAIN, *QUANTIZED))}")
     check_run_arguments(max_shard_size, max_memory, workers)
+    check_processes(processes)
+    return together(
+        _merge, processes, base=base, adapter=adapter, dst=dst, to=to, onto=onto, block_size=block_size, search=search,
+        absorb=absorb, max_shard_size=max_shard_size, max_memory=max_memory, workers=workers, restart=restart,
+        progress=progress,
+    )  # fmt: skip
+
+
+def _merge(
+    team: Team | None,
+    base: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    to: str,
+    onto: str | os.PathLike[str] | None,
+    block_size: int | None,
+    search: str,
+    absorb: bool,
+    **run: Any,
+) -> MergeReport:
+    """One process's part of `merge`; `run`: the arguments of `_run` by these names."""
     destination = Path(dst)
     file = read_adapter(Path(adapter))
     for origin in (base, adapter, *(() if onto is None else (onto,))):
@@ -185,8 +133,7 @@ def merge(
     report = MergeReport(Path(base), Path(adapter), destination, notes=plan.notes)
     files = plan.files(report)
     options = {"to": to, "block_size": block_size, "search": search, "absorb": absorb}
-    options["max_shard_size"] = int(max_shard_size)
-    return _run(plan, "merge", options, files, report, max_shard_size, max_memory, workers, restart, progress)
+    return _run(team, plan, "merge", options, files, report, **run)
 
 
 def unmerge(
@@ -199,6 +146,7 @@ def unmerge(
     workers: int | None = None,
     restart: bool = False,
     progress: Progress | bool | None = None,
+    processes: Processes = 1,
 ) -> MergeReport:
     """Take an adapter out of the 16- or 32-bit weights that it was merged into: W - scaling * B A.
 
@@ -207,13 +155,28 @@ def unmerge(
 
     Args:
         merged: a directory of plain weights. adapter: LoRA without DoRA or modules_to_save, which cannot be taken back.
-        dst, max_shard_size, max_memory, workers, restart, progress: see `nybble.quantize`.
+        dst, max_shard_size, max_memory, workers, restart, progress, processes: see `nybble.quantize`.
 
     Raises:
         CheckpointError: the weights are quantized, or the adapter is of a kind that cannot be taken back. Else as
             `merge`.
     """
     check_run_arguments(max_shard_size, max_memory, workers)
+    check_processes(processes)
+    return together(
+        _unmerge, processes, merged=merged, adapter=adapter, dst=dst, max_shard_size=max_shard_size,
+        max_memory=max_memory, workers=workers, restart=restart, progress=progress,
+    )  # fmt: skip
+
+
+def _unmerge(
+    team: Team | None,
+    merged: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    dst: str | os.PathLike[str],
+    **run: Any,
+) -> MergeReport:
+    """One process's part of `unmerge`."""
     source, destination, file = open_source(merged), Path(dst), read_adapter(Path(adapter))
     for origin in (merged, adapter):
         check_outside(Path(origin), destination)
@@ -226,11 +189,11 @@ def unmerge(
     plan = _Plan(source, None, file, None, None, "absmax", factor=-1.0)
     report = MergeReport(Path(merged), Path(adapter), destination, notes=plan.notes)
     files = plan.files(report)
-    options = {"max_shard_size": int(max_shard_size)}
-    return _run(plan, "unmerge", options, files, report, max_shard_size, max_memory, workers, restart, progress)
+    return _run(team, plan, "unmerge", {}, files, report, **run)
 
 
 def _run(
+    team: Team | None,
     plan: _Plan,
     kind: str,
     options: dict[str, Any],
@@ -249,16 +212,18 @@ def _run(
         "source": fingerprint(plan.base, files),
         "onto": None if plan.onto is None else fingerprint(plan.onto, {}),
         "adapter": {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in adapter},
-        "options": options,
+        "options": {**options, "max_shard_size": int(max_shard_size)},
         "plan": plan_digest(plan.tasks),
     }
     memory = None if max_memory is None else int(max_memory)
-    job = Job(report.destination, identity, workers=workers, max_memory=memory, restart=restart)
+    job = job_of(team, report.destination, identity, workers=workers, max_memory=memory, restart=restart)
     with job, progress_bar(progress, sum(task.nbytes for task in plan.tasks)) as tick:
         results = job.run(plan.tasks, max_shard_size=int(max_shard_size), metadata={"format": "pt"}, tick=tick)
         job.commit(files)
     report.rows = [MergeRow(**{**row, "shape": tuple(row["shape"])}) for row in results if row]
     report.bytes_after, report.resumed = job.nbytes, job.resumed
+    if team is not None and len(job.shards) < team.size:
+        report.notes.append(idle_note(len(job.shards), team.size))
     return report
 
 

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .processes import ProcessesOption, in_processes
 from .quantize import parse_size
 
 
@@ -28,9 +29,13 @@ def command(
     report: Annotated[Path | None, typer.Option(help="Write the figures of every layer to this JSON file.")] = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest output file, such as 5GB.")] = "5GB",
     max_memory: Annotated[
-        str | None, typer.Option(help="What the process may take beyond its libraries, such as 512MB.")
+        str | None,
+        typer.Option(help="What the processes of a machine may take together, beyond their libraries, such as 512MB."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a core]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads of a process.  [default: the cores, divided by processes]")
+    ] = None,
+    processes: ProcessesOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in OUT.")] = False,
 ) -> None:
     """Merge an adapter into its base, in bounded memory. Interrupted, the same command goes on."""
@@ -40,10 +45,13 @@ def command(
 
     from ..checkpoint.merging import merge
 
-    result = merge(
-        base, adapter, out, to, onto=onto, block_size=block_size, search=search, absorb=absorb,
-        max_shard_size=parse_size(max_shard_size), max_memory=None if max_memory is None else parse_size(max_memory),
-        workers=workers, restart=restart, progress=True,
+    limit, memory = parse_size(max_shard_size), None if max_memory is None else parse_size(max_memory)
+    result = in_processes(
+        processes,
+        lambda count: merge(
+            base, adapter, out, to, onto=onto, block_size=block_size, search=search, absorb=absorb,
+            max_shard_size=limit, max_memory=memory, workers=workers, restart=restart, progress=True, processes=count,
+        ),
     )  # fmt: skip
     if text is not None:
         result.perplexity["adapter on its base"] = _perplexity(base, adapter, text, window)
@@ -64,9 +72,13 @@ def take_out(
     out: Annotated[Path, typer.Argument(help="A new or empty directory, or one with an unfinished run.")],
     max_shard_size: Annotated[str, typer.Option(help="Largest output file, such as 5GB.")] = "5GB",
     max_memory: Annotated[
-        str | None, typer.Option(help="What the process may take beyond its libraries, such as 512MB.")
+        str | None,
+        typer.Option(help="What the processes of a machine may take together, beyond their libraries, such as 512MB."),
     ] = None,
-    workers: Annotated[int | None, typer.Option(help="Threads.  [default: one a core]")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Threads of a process.  [default: the cores, divided by processes]")
+    ] = None,
+    processes: ProcessesOption = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an unfinished run in OUT.")] = False,
 ) -> None:
     """Take a merged adapter out again, right up to the rounding of the stored weights."""
@@ -74,10 +86,13 @@ def take_out(
 
     from ..checkpoint.merging import unmerge
 
-    result = unmerge(
-        merged, adapter, out, max_shard_size=parse_size(max_shard_size),
-        max_memory=None if max_memory is None else parse_size(max_memory), workers=workers, restart=restart,
-        progress=True,
+    limit, memory = parse_size(max_shard_size), None if max_memory is None else parse_size(max_memory)
+    result = in_processes(
+        processes,
+        lambda count: unmerge(
+            merged, adapter, out, max_shard_size=limit, max_memory=memory, workers=workers, restart=restart,
+            progress=True, processes=count,
+        ),
     )  # fmt: skip
     console = Console()
     console.print(result.table())
