@@ -18,8 +18,7 @@ differentiation and vmap are refused by torch with an error.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +32,9 @@ from .backends.weight import PLAIN
 from .errors import LayoutError, UnsupportedDtypeError
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+
+# What `recomputation.saving_first` has lora_linear do where it is differentiated eagerly; None: what it does by itself.
+differentiated_lora_linear: Callable[..., Tensor] | None = None
 
 
 # ---- what callers use ------------------------------------------------------------------------------------------------
@@ -100,8 +102,8 @@ def lora_linear(
         return _lora_linear(x, weight, bias, lora_a, lora_b, scaling, mask)[0]
     if route == _TRACED:
         return torch.ops.nybble.lora_linear(x, *weight, bias, lora_a, lora_b, scaling, mask)[0]
-    if _saves_first and not _transforms_active():
-        return _lora_linear_after_saving(x, weight, bias, lora_a, lora_b, scaling, mask)
+    if differentiated_lora_linear is not None and not _transforms_active():
+        return differentiated_lora_linear(x, weight, bias, lora_a, lora_b, scaling, mask)
     return _apply(_LoRALinear, x, weight, bias, lora_a, lora_b, scaling, mask)[0]
 
 
@@ -182,7 +184,7 @@ def _grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weigh
     return backends.of(g).grad_input(g, weight, side, side_weight)
 
 
-def _check_lora(x: Tensor, weight: PackedWeight, lora_a: Tensor, lora_b: Tensor, mask: Tensor | None) -> None:
+def check_lora(x: Tensor, weight: PackedWeight, lora_a: Tensor, lora_b: Tensor, mask: Tensor | None) -> None:
     """Before x A^T is computed, what `check_args` says only of its result; x itself first."""
     if x.dim() == 0 or x.shape[-1] != weight.in_features or x.dtype not in _FLOATS:
         check_args(x, weight, None, None, None, False)
@@ -207,14 +209,14 @@ def _lora_linear(
     mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """y and the side path's left factor scaling x A^T [..., R], which the backward wants again."""
-    _check_lora(x, weight, lora_a, lora_b, mask)
+    check_lora(x, weight, lora_a, lora_b, mask)
     if torch.is_grad_enabled():
         x, lora_a = x.detach(), lora_a.detach()
-    side = _side(x, lora_a, scaling, mask)
+    side = side_factor(x, lora_a, scaling, mask)
     return _linear(x, weight, bias, side, lora_b), side
 
 
-def _side(x: Tensor, lora_a: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+def side_factor(x: Tensor, lora_a: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
     """scaling x A^T * mask in x's dtype; for fp16, whose range the product may leave, in fp32."""
     return _applied(x, lora_a, True, scaling, mask)
 
@@ -269,7 +271,7 @@ def _times(x: Tensor, matrix: Tensor) -> Tensor:
     return product(_flat(x), matrix).view(*x.shape[:-1], matrix.shape[1])
 
 
-def _lora_gradients(
+def lora_gradients(
     needs: tuple[bool, bool, bool, bool],
     g: Tensor,
     weight: PackedWeight,
@@ -281,7 +283,7 @@ def _lora_gradients(
     bias, x, side, lora_a, lora_b, mask = saved
     if torch.is_grad_enabled():
         # Differentiated once more: the saved product is a constant, so it is computed again from x and A.
-        side = _side(x, lora_a, scaling, mask)
+        side = side_factor(x, lora_a, scaling, mask)
     left = _applied(g, lora_b, False, scaling, mask)
     return (
         grad_input(g, weight, left, lora_a) if need_x else None,
@@ -384,7 +386,7 @@ class _LoRALinear(torch.autograd.Function):
             return (None,) * 7
         need_x, _, need_bias, need_a, need_b, _, _ = ctx.needs_input_grad
         needs = (need_x, need_bias, need_a, need_b)
-        dx, dbias, da, db = _lora_gradients(needs, g, ctx.weight, ctx.saved_tensors, ctx.scaling)
+        dx, dbias, da, db = lora_gradients(needs, g, ctx.weight, ctx.saved_tensors, ctx.scaling)
         return dx, None, dbias, da, db, None, None
 
 
@@ -411,95 +413,6 @@ def _eager(function: Any) -> Any:
 
 _unwrap = torch._C._functorch.unwrap_if_dead
 _EAGER = {function: _eager(function) for function in (_Linear, _GradInput, _LoRALinear)}
-
-
-# ---- eager under activation checkpointing ----------------------------------------------------------------------------
-
-_saves_first = False
-
-
-@contextmanager
-def saving_first() -> Iterator[None]:
-    """Within it, lora_linear saves what its backward pass needs before it multiplies, not after.
-
-    Activation checkpointing (torch.utils.checkpoint, use_reentrant=False) computes a layer again only until it has the
-    last tensor that was saved. So a layer's last linear module, whose output only its sum with the residual goes on
-    from, is not multiplied again: 22% of a Llama layer's products. What computes again must find what the forward pass
-    found, so the context lasts for both. It costs a node of autograd's graph a call.
-    """
-    global _saves_first
-    before, _saves_first = _saves_first, True
-    try:
-        yield
-    finally:
-        _saves_first = before
-
-
-def _lora_linear_after_saving(
-    x: Tensor,
-    weight: PackedWeight,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    mask: Tensor | None,
-) -> Tensor:
-    _check_lora(x, weight, lora_a, lora_b, mask)
-    with torch.no_grad():
-        side = _side(x, lora_a, scaling, mask)
-    saved = _Saved.apply(bias, x, side, lora_a, lora_b, mask).grad_fn
-    return _SavedLoRALinear.apply(x, weight, bias, lora_a, lora_b, scaling, side, saved)
-
-
-# Private, and may go; then what a node holds goes with the graph.
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-
-
-class _Saved(torch.autograd.Function):
-    """A node that only holds tensors; no gradient goes through it."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor | None) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return torch.empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        raise AssertionError("no gradient goes through here")
-
-
-class _SavedLoRALinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: PackedWeight,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        side: Tensor,
-        saved: Any,
-    ) -> Tensor:
-        ctx.weight, ctx.scaling, ctx.saved = weight, scaling, saved
-        ctx.set_materialize_grads(False)
-        return _linear(x.detach(), weight, bias, side, lora_b)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
-        if g is None:
-            return (None,) * 8
-        need_x, _, need_bias, need_a, need_b, *_ = ctx.needs_input_grad
-        needs = (need_x, need_bias, need_a, need_b)
-        if ctx.saved is None:
-            raise RuntimeError(
-                "backward() for the second time through a graph that was not kept; use retain_graph=True"
-            )
-        tensors = ctx.saved.saved_tensors
-        if not _keeps_graph():
-            ctx.saved = None  # as torch frees what a node has saved; else layers' inputs stay until the last is done
-        dx, dbias, da, db = _lora_gradients(needs, g, ctx.weight, tensors, ctx.scaling)
-        return dx, None, dbias, da, db, None, None, None
 
 
 # ---- registered operators --------------------------------------------------------------------------------------------
@@ -554,7 +467,7 @@ def _grad_input_fake(g: Tensor, *args: Any) -> Tensor:
 
 def _lora_linear_fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     weight, (bias, lora_a, lora_b, _, *mask) = _split(args)
-    _check_lora(x, weight, lora_a, lora_b, *(mask or (None,)))
+    check_lora(x, weight, lora_a, lora_b, *(mask or (None,)))
     dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
     side = x.new_empty(*x.shape[:-1], lora_a.shape[0], dtype=dtype)
     check_args(x, weight, bias, side, lora_b, False)
@@ -617,7 +530,7 @@ def _lora_linear_backward(ctx: Any, g: Tensor | None, _: Tensor | None) -> tuple
     if g is None:
         return (None,) * len(needs)
     need_bias, need_a, need_b, *constants = needs[1 + _WEIGHT_ARGS :]  # torch leaves out a mask that is not given
-    dx, dbias, da, db = _lora_gradients((needs[0], need_bias, need_a, need_b), g, weight, saved, ctx.scaling)
+    dx, dbias, da, db = lora_gradients((needs[0], need_bias, need_a, need_b), g, weight, saved, ctx.scaling)
     return dx, *(None,) * _WEIGHT_ARGS, dbias, da, db, *(None for _ in constants)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nybble import LoRALinear, QuantConfig, QuantLinear, ops
+from nybble.recomputation import saving_first
 
 
 class Layer(nn.Module):
@@ -39,7 +40,7 @@ class Layer(nn.Module):
 def gradients(layer: Layer, dtype: torch.dtype, *, first: bool, checkpointed: bool = True) -> list[Tensor]:
     x = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(1)).to(dtype).requires_grad_()
     torch.manual_seed(2)
-    with ops.saving_first() if first else nullcontext():
+    with saving_first() if first else nullcontext():
         y = checkpoint(layer, x, use_reentrant=False) if checkpointed else layer(x)
         trained = [p for p in layer.parameters() if p.requires_grad]
         return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *trained])]
@@ -81,7 +82,7 @@ def test_second_derivatives_and_a_graph_that_is_kept() -> None:
     results = []
     for first in (False, True):
         x = torch.randn(3, 64, generator=torch.Generator().manual_seed(3)).requires_grad_()
-        with ops.saving_first() if first else nullcontext():
+        with saving_first() if first else nullcontext():
             y = layer(x)
             (dx,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
             trained = [x, layer.up.lora_A, layer.down.lora_B]
@@ -95,7 +96,7 @@ def test_layers_inputs_do_not_outlive_their_gradients() -> None:
     layers = [Layer(True, torch.float32) for _ in range(4)]
     inputs: list[weakref.ref[Tensor]] = []
     alive: list[int] = []
-    with ops.saving_first():
+    with saving_first():
         y = torch.randn(3, 64).requires_grad_()
         for layer in layers:
             y = y * 1.0
@@ -107,7 +108,7 @@ def test_layers_inputs_do_not_outlive_their_gradients() -> None:
 
 
 def test_backward_twice_is_an_error_unless_the_graph_is_kept() -> None:
-    with ops.saving_first():
+    with saving_first():
         y = Layer(True, torch.float32)(torch.randn(3, 64).requires_grad_()).sum()
     y.backward(retain_graph=True)
     y.backward()
@@ -119,7 +120,7 @@ def test_a_frozen_adapter_needs_no_gradient() -> None:
     layer = Layer(True, torch.float32)
     layer.requires_grad_(False)
     x = torch.randn(3, 64).requires_grad_()
-    with ops.saving_first():
+    with saving_first():
         y = layer(x)
         assert torch.equal(y, layer(x.detach()))
         (dx,) = torch.autograd.grad(y.sum(), x)

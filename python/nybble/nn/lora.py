@@ -228,7 +228,7 @@ class LoRALinear(Adapted):
 
     def _sum(self, x: Tensor, side: Tensor, b: Tensor) -> Tensor:
         """base(x) + side b^T. The base comes last: where checkpointing computes again only what the backward pass
-        needs, and that is not this sum, it is left out (`ops.saving_first`)."""
+        needs, and that is not this sum, it is left out (`recomputation.saving_first`)."""
         update = functional.linear(side, self._cast(b, x))
         return self.base(x) + update
 

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import nn
 
-from ..ops import saving_first
+from ..recomputation import saving_first
 from .allocator import kept_heap
 from .config import TrainConfig
 
