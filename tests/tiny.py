@@ -17,6 +17,21 @@ SENTENCES = (
 )
 TEXT = " ".join(SENTENCES[i % 3] for i in range(60))
 CONTEXT = 128
+# Of the model, by the names that the configurations of decoders have in common.
+SETTINGS = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": 0,
+    "pad_token_id": 0,
+    "tie_word_embeddings": True,
+    "initializer_range": 0.1,
+}
 
 
 class ByteTokenizer:
@@ -34,21 +49,7 @@ class ByteTokenizer:
 def llama(dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A random LlamaForCausalLM with a vocabulary of 256 and a context of 128 tokens."""
     torch.manual_seed(seed)
-    settings = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 256,
-        "max_position_embeddings": CONTEXT,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.1,
-    }
-    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**settings, **changes})).to(dtype).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**SETTINGS, **changes})).to(dtype).eval()
 
 
 def write_model(directory: Path, dtype: torch.dtype = torch.float32) -> Path:

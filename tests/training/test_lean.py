@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import llama, transformers
+from tiny import SETTINGS, llama, transformers
 from torch import Tensor, nn
 
 import nybble
@@ -22,21 +22,7 @@ IDS = torch.randint(1, 250, (2, 24), generator=torch.Generator().manual_seed(3))
 def make(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """A random model of two layers, its norms' weights random too."""
     torch.manual_seed(1)
-    settings = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "vocab_size": 256,
-        "max_position_embeddings": 128,
-        "bos_token_id": None,
-        "eos_token_id": 0,
-        "pad_token_id": 0,
-        "initializer_range": 0.1,
-        **changes,
-    }
+    settings = {**SETTINGS, "head_dim": 16, **changes}
     config = getattr(transformers, f"{family}Config")(**settings)
     model = getattr(transformers, f"{family}ForCausalLM")(config)
     for parameter in model.parameters():
