@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save_file
 
 import nybble
 from nybble import QuantConfig
-from nybble.checkpoint import StorageFullError, merging, recorder, stream
+from nybble.checkpoint import StorageFullError, merging, recorder, stream, together
 from nybble.checkpoint.processes import PipeLink, take_part
 from nybble.checkpoint.shard import Shard
 from nybble.checkpoint.task import Output
@@ -216,7 +216,7 @@ def test_a_full_disk_of_another_machine(source: Path, tmp_path: Path, monkeypatc
     assert digest(out) == digest(whole)
 
 
-def test_what_differs_between_processes_is_named(source: Path, tmp_path: Path) -> None:
+def test_what_differs_between_processes_is_named(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     error, _ = in_threads(2, source, out, {1: {"config": QuantConfig("fp4")}})
     assert isinstance(error, CheckpointError)
@@ -228,6 +228,11 @@ def test_what_differs_between_processes_is_named(source: Path, tmp_path: Path) -
     assert isinstance(error, CheckpointNotFoundError)
     assert isinstance(other, ReportedError) and isinstance(other.__cause__, CheckpointNotFoundError)
     assert not out.exists()
+    monkeypatch.setattr(together, "VISIBLE_SECONDS", 0.1)
+    error, _ = in_threads(2, source, out, {1: {"dst": tmp_path / "elsewhere"}})
+    assert isinstance(error, CheckpointError)
+    assert "elsewhere: rank 1 of 2 processes" in str(error) and "a file system that they share" in str(error)
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_memory_is_what_the_processes_of_a_machine_take_together(source: Path, tmp_path: Path) -> None:
@@ -245,7 +250,7 @@ def test_a_process_that_leaves_early_is_named(source: Path, tmp_path: Path) -> N
         def receive(self) -> Any:
             message = super().receive()
             if "identity" in message:
-                self._connection.close()
+                self.close()
             return message
 
     here, there = multiprocessing.Pipe()

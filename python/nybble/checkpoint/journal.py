@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 import zlib
 from pathlib import Path
 from types import TracebackType
@@ -61,6 +62,7 @@ class Journal:
 
     def __init__(self, directory: Path) -> None:
         self.path = directory / JOURNAL_NAME
+        self._append_lock = threading.Lock()
         while True:
             handle = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
             self._file: BinaryIO = os.fdopen(handle, "r+b", buffering=0)
@@ -110,15 +112,15 @@ class Journal:
         sync_directory(self.path.parent)
 
     def is_of(self, identity: dict[str, Any]) -> bool:
-        return self.identity == json.loads(json.dumps({"journal": _VERSION, **identity}))
+        return self.identity == _stored(identity)
 
     def append(self, records: list[dict[str, Any]]) -> None:
-        """Write records and sync; what they speak of must be on the disk already."""
+        """Write records and sync, from any thread; what they speak of must be on the disk already."""
         lines = b""
         for record in records:
             text = json.dumps(record, separators=(",", ":")).encode()
             lines += f"{zlib.crc32(text):08x} ".encode() + text + b"\n"
-        with full_disk_names(self.path):
+        with self._append_lock, full_disk_names(self.path):
             write_all(self._file, lines)
             os.fsync(self._file.fileno())
 
@@ -126,6 +128,20 @@ class Journal:
         """The work is over: remove the file, which is the last step."""
         self.path.unlink(missing_ok=True)
         self._file.close()
+
+
+def is_of(directory: Path, identity: dict[str, Any]) -> bool:
+    """Whether a directory holds the journal of the work that `identity` describes, which another process may have."""
+    try:
+        with (directory / JOURNAL_NAME).open("rb") as file:
+            found = _parse(file.readline())
+    except FileNotFoundError:
+        return False
+    return found == _stored(identity)
+
+
+def _stored(identity: dict[str, Any]) -> Any:
+    return json.loads(json.dumps({"journal": _VERSION, **identity}))
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

@@ -98,6 +98,10 @@ class PipeLink:
             raise LinkLostError(self._fate()) from error
         return message
 
+    def close(self) -> None:
+        """Let the other end know that nothing will come."""
+        self._connection.close()
+
     def _fate(self) -> str:
         if self._process is None:
             return "its pipe is closed"
@@ -136,6 +140,8 @@ def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any])
         yield Leader(pipes, sharing=size)
     finally:
         torch.set_num_threads(threads)
+        for pipe in pipes.values():
+            pipe.close()
         for child in children.values():
             child.join(5)  # it has left, or could not be stopped
             if child.is_alive():

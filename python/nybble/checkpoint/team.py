@@ -198,6 +198,8 @@ class Leader:
                 self._fail(LostProcessError(rank, self.size, self.where(rank), "before its work was done"))
         except LinkLostError as error:
             self._fail(LostProcessError(rank, self.size, self.where(rank), str(error)))
+        except Exception as error:  # no message that this version of the package understands
+            self._fail(error)
         finally:
             with self._changed:
                 self._gone.add(rank)
@@ -240,7 +242,8 @@ class Member:
     """The end of every other process, with a thread that talks to the first.
 
     Attributes:
-        rank, size, sharing: see `Leader`. records: of the journal, as far as this process knows them.
+        rank, size, sharing: see `Leader`. where: the process and the machine.
+        records: of the journal, as far as this process knows them.
     """
 
     def __init__(self, link: Link, rank: int, size: int, sharing: int) -> None:
@@ -249,7 +252,8 @@ class Member:
         self._link = link
         self._changed = threading.Condition()
         self._next = self._empty()
-        self._next["where"] = f"process {os.getpid()} on {socket.gethostname()}"
+        self.where = f"process {os.getpid()} on {socket.gethostname()}"
+        self._next["where"] = self.where
         self._urgent = True
         self._got: dict[str, Any] = {}
         self._error: BaseException | None = None
@@ -356,9 +360,14 @@ class Member:
                     return
                 self._hear(self._link.receive())
         except LinkLostError as error:
-            lost = LostProcessError(0, self.size, "", str(error))
-            lost.outcome = "what it had recorded is kept, the same command goes on"
-            self._hear({"stop": lost})
+            self._lose(str(error))
+        except Exception as error:  # no message that this version of the package understands
+            self._lose(f"{type(error).__name__}: {error}")
+
+    def _lose(self, how: str) -> None:
+        lost = LostProcessError(0, self.size, "", how)
+        lost.outcome = "what it had recorded is kept, the same command goes on"
+        self._hear({"stop": lost})
 
     def _hear(self, answer: Message) -> None:
         with self._changed:

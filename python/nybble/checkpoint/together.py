@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,8 +16,12 @@ from typing import Any
 
 from ..errors import CheckpointError
 from .job import Job, difference
+from .journal import is_of
 from .task import StoppedError, Task, Tick
 from .team import Leader, Member, Team
+
+# A client of NFS may believe for 30 to 60 seconds that a directory is absent because it was.
+VISIBLE_SECONDS = 90.0
 
 
 def job_of(team: Team | None, destination: Path, identity: dict[str, Any], **options: Any) -> Job:
@@ -124,9 +129,22 @@ class MembersJob(Job):
 
     def _start(self, tasks: Sequence[Task]) -> None:
         told = self._team.begin(self._identity, self._workers.stop)
+        self._wait_for_destination()
         self._log = self._team
         self._log.records = told["records"]
         self._mine = [s for s, owner in zip(self._shards, told["owners"], strict=True) if owner == self._team.rank]
+
+    def _wait_for_destination(self) -> None:
+        """Until this process sees the first one's journal."""
+        deadline = time.monotonic() + VISIBLE_SECONDS
+        while not is_of(self.destination, self._identity):
+            self._team.check()
+            if time.monotonic() > deadline:
+                raise CheckpointError(
+                    f"{self.destination}: rank {self._team.rank} of {self._team.size} processes ({self._team.where}) "
+                    f"does not see there what rank 0 has written; they need a file system that they share"
+                )
+            time.sleep(0.1)
 
     def _work(self, tasks: Sequence[Task], tick: Tick) -> None:
         try:
