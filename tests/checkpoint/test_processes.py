@@ -242,6 +242,7 @@ def test_memory_is_what_the_processes_of_a_machine_take_together(source: Path, t
     assert "max_memory: 1,000,000 bytes for 2 processes are too few" in str(error)
     least, needed = (int(str(e).rsplit(" ", 1)[1].replace(",", "")) for e in (alone.value, error))
     assert needed == 2 * least
+    assert isinstance(in_threads(2, source, tmp_path / "out", max_memory=needed - 100)[0], CheckpointError)
     assert not isinstance(in_threads(2, source, tmp_path / "out", max_memory=needed)[0], Exception)
 
 
@@ -276,8 +277,13 @@ def test_files_are_balanced(loads: list[int], size: int) -> None:
     """Graham's bound: whoever has most got its last file when it had least, so at most the mean before that file."""
     owners = spread(loads, size)
     assert len(owners) == len(loads) and set(owners) <= set(range(size))
-    totals = [sum(load + 1 for load, owner in zip(loads, owners, strict=True) if owner == rank) for rank in range(size)]
-    assert max(totals) <= (sum(loads) + len(loads)) / size + max(loads) + 1
+    totals = [sum(load for load, owner in zip(loads, owners, strict=True) if owner == rank) for rank in range(size)]
+    assert max(totals) <= sum(loads) / size + max(loads)
+
+
+def test_files_are_balanced_by_bytes_not_by_number() -> None:
+    owners = spread([1, 1, 1, 9, 1, 1, 1, 1, 1], 2)
+    assert [owners.count(rank) for rank in (owners[3], 1 - owners[3])] == [1, 8]
 
 
 def test_errors_survive_the_way_to_another_process() -> None:

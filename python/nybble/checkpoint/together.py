@@ -39,12 +39,12 @@ def spread(loads: Sequence[int], size: int) -> list[int]:
     >>> spread([5, 5, 5, 2, 2], 2)
     [0, 1, 0, 1, 1]
     """
-    heap = [(0, rank) for rank in range(size)]
+    heap = [(0, 0, rank) for rank in range(size)]
     owners = [0] * len(loads)
     for index in sorted(range(len(loads)), key=lambda index: (-loads[index], index)):
-        load, rank = heapq.heappop(heap)
+        load, files, rank = heapq.heappop(heap)
         owners[index] = rank
-        heapq.heappush(heap, (load + loads[index] + 1, rank))
+        heapq.heappush(heap, (load + loads[index], files + 1, rank))
     return owners
 
 
