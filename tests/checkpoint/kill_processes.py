@@ -78,7 +78,7 @@ def main() -> None:
     killed = same = named = 0
     for number in range(points):
         out, before, after = folder / f"out{number}", draw.choice((2, 4)), draw.choice((1, 2, 4))
-        victim = draw.randrange(before)
+        victim = draw.randrange(1, before) if number % 2 else 0
         last = sum(steps.values()) // before * (2 if victim == 0 else 1)  # about as many as that process makes
         die_at = draw.randint(1, last)
         status, _ = run(out, before, victim, die_at)
