@@ -211,7 +211,17 @@ def test_explain_refuses_an_unknown_format() -> None:
 
 # ---- import ----------------------------------------------------------------------------------------------------------
 
-HEAVY = ("transformers", "gguf", "matplotlib", "bitsandbytes", "peft", "tokenizers", "datasets", "accelerate")
+HEAVY = (
+    "transformers",
+    "gguf",
+    "matplotlib",
+    "bitsandbytes",
+    "peft",
+    "tokenizers",
+    "datasets",
+    "accelerate",
+    "torch._dynamo",
+)
 
 
 def test_import_is_quiet_and_brings_nothing_along() -> None:
