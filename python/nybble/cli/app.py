@@ -51,6 +51,8 @@ def main() -> None:
         if os.environ.get("NYBBLE_TRACEBACK") == "1":
             raise
         message = str(error).strip() or type(error).__name__
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1 and os.environ.get("RANK"):
+            message = f"process {os.environ['RANK']}: {message}"
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/bold red] {escape(message)}", highlight=False)
         sys.exit(1)
 

@@ -67,10 +67,14 @@ def command(
     log_every: Annotated[int, _option("log_every")] = TrainConfig.log_every,
     seed: Annotated[int, _option("seed")] = TrainConfig.seed,
     plot: Annotated[bool, _option("plot")] = TrainConfig.plot,
+    parallel: Annotated[str, _option("parallel")] = TrainConfig.parallel,
     tensorboard: Annotated[bool, _option("tensorboard")] = TrainConfig.tensorboard,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
-    """Fine-tune a model on text and save what was trained. The same command again goes on with an interrupted run."""
+    """Fine-tune a model on text and save what was trained. The same command again goes on with an interrupted run.
+
+    In several processes: torchrun --nproc-per-node N -m nybble finetune ...
+    """
     given = dict(locals())
     chosen = Method(
         method, rank, alpha, dropout, rslora, tuple(target or ()), size, placement, tokens, projection, prompt_text
@@ -82,19 +86,23 @@ def command(
             raise FileNotFoundError(f"{path}: no such file or directory")
     import torch
 
+    from ..training.distributed.launch import launched_rank, local_device
     from ..training.loop import finetune
     from ..training.methods import apply
     from .shared import load_model
 
-    full = chosen.name == "full"
+    full, shown = chosen.name == "full", launched_rank() == 0
     # Weights that are trained themselves are kept in fp32: steps are smaller than bf16 can add.
-    model, tokenizer = load_model(model_dir, device=device, dtype=torch.float32 if full else None)
+    model, tokenizer = load_model(model_dir, device=local_device(device), dtype=torch.float32 if full else None)
     torch.manual_seed(seed)  # the adapter's first values
-    typer.echo(f"method {chosen.name}: {apply(model, chosen, tokenizer)}", err=True)
+    prepared = apply(model, chosen, tokenizer)
+    if shown:
+        typer.echo(f"method {chosen.name}: {prepared}", err=True)
     report = finetune(
         model, data, config, tokenizer=tokenizer, eval_data=eval_data, save=_whole_model(tokenizer) if full else None
     )
-    _print_summary(report, goes_on=bool(save_every))
+    if shown:
+        _print_summary(report, goes_on=bool(save_every))
     if report.interrupted:
         raise typer.Exit(130)
 

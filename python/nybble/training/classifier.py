@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .data.labelled import Labelled, LabelledBatch
+from .distributed.world import ALONE, World
 from .evaluating import evaluating
 from .lean_products import lean_products
 
@@ -107,16 +108,23 @@ class Accuracy(NamedTuple):
     loss: float
 
 
-def accuracy(model: nn.Module, data: Labelled, batch_size: int = 32) -> Accuracy:
-    """Over all texts, in eval mode and without gradients; texts of like length go together, which saves padding."""
+def accuracy(model: nn.Module, data: Labelled, batch_size: int = 32, world: World = ALONE) -> Accuracy:
+    """Over all texts, in eval mode and without gradients; texts of like length go together, which saves padding.
+
+    world: the processes among which every batch is divided.
+    """
     if not len(data):
         raise ValueError("data is empty; there is nothing to measure")
     device = next(model.parameters()).device
     correct, total = 0, 0.0
     with evaluating(model), lean_products(), torch.no_grad():
         for indices in data.starts.diff().argsort(stable=True).split(batch_size):
-            batch = data.take(indices).to(device)
-            logits = class_logits(model, batch)
-            correct += int((logits.argmax(1) == batch.labels).sum())
-            total += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
-    return Accuracy(correct / len(data), total / len(data))
+            batch = data.take(indices)
+            own = world.rows(len(batch))
+            # As in `evaluate.mean_loss`: a process without a text of its own takes part with another's.
+            batch = (batch.part(own.start, own.stop) if own else batch.part(0, 1)).to(device)
+            logits = world.run(class_logits, model, batch)
+            if own:
+                correct += int((logits.argmax(1) == batch.labels).sum())
+                total += float(F.cross_entropy(logits, batch.labels, reduction="sum"))
+    return Accuracy(world.sum_of(correct) / len(data), world.sum_of(total) / len(data))

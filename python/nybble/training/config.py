@@ -19,10 +19,12 @@ _CHOICES = {
     "packing": ("stream", "documents", "none"),
     "optimizer": ("adamw", "adamw8bit", "lion", "sgd"),
     "schedule": ("cosine", "linear", "constant"),
+    "parallel": ("auto", "none", "ddp", "fsdp"),
 }
 
-# What may differ between a run and its continuation: none of it changes a bit of the result.
-_FREE = ("out_dir", "plot", "log_every", "save_every", "keep_checkpoints", "tensorboard")
+# What may differ between a run and its continuation: none of it changes a bit of the result, but how many processes
+# there are, which changes the order of sums and is told.
+_FREE = ("out_dir", "plot", "log_every", "save_every", "keep_checkpoints", "tensorboard", "parallel")
 
 
 def _either(allowed: tuple[str, ...]) -> str:
@@ -41,7 +43,9 @@ class TrainConfig:
     epochs: float | None = field(
         default=None, metadata=_help("passes over the training text; 1 when steps is not given either")
     )
-    batch_size: int = field(default=4, metadata=_help("sequences in one forward pass"))
+    batch_size: int = field(
+        default=4, metadata=_help("sequences in one forward pass, of all processes together (a multiple of them)")
+    )
     grad_accum: int = field(default=1, metadata=_help("forward passes whose gradients are summed into one step"))
     seq_len: int = field(default=512, metadata=_help("predicted tokens in a sequence"))
     packing: str = field(
@@ -113,6 +117,13 @@ class TrainConfig:
         metadata=_help("on the CPU, norms, gated MLPs, rotary embeddings and attention's gradient by nybble's kernels"),
     )
     plot: bool = field(default=True, metadata=_help("draw loss.png (needs matplotlib)"))
+    parallel: str = field(
+        default="auto",
+        metadata=_help(
+            "with several processes (torchrun): ddp, the model in each; fsdp, a part of it in each; auto: ddp where "
+            "there are several; none: each trains alone"
+        ),
+    )
 
     def __post_init__(self) -> None:
         self._check_length()

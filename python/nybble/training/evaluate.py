@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .data.rows import IGNORE, Rows
+from .distributed.world import ALONE, World
 from .evaluating import evaluating
 from .lean_products import lean_products
 from .loss import CausalLoss
@@ -56,10 +57,13 @@ def mean_loss(
     batch_size: int = 1,
     chunk: int = 256,
     progress: Callable[[int, int], None] | None = None,
+    loss: CausalLoss | None = None,
+    world: World = ALONE,
 ) -> float:
     """Mean -log p (nats) over the targets of `rows` that count, in eval mode and without gradients.
 
-    rows: `Rows`, or int64 [n, T], plain windows of which every token but the first is predicted.
+    rows: `Rows`, or int64 [n, T], plain windows of which every token but the first is predicted. loss: the model's, if
+    there is one already. world: the processes among which every batch is divided.
 
     Raises ValueError when there is no row, or a token that the model does not have.
     """
@@ -70,15 +74,20 @@ def mean_loss(
     check_vocabulary(model, rows.ids, "tokens")
     check_vocabulary(model, rows.targets[rows.targets != IGNORE], "targets")
     device = next(model.parameters()).device
-    loss = CausalLoss(model, chunk)
+    loss = CausalLoss(model, chunk) if loss is None else loss
     total = 0.0
     with evaluating(model), lean_products(), torch.no_grad():
         for start in range(0, len(rows), batch_size):
             stop = min(start + batch_size, len(rows))
-            total += float(loss(rows.take(range(start, stop)).to(device)))
+            own = world.rows(stop - start)
+            # Where there are fewer rows than processes, all take part nevertheless: weights are gathered by all.
+            batch = rows.take(range(start, stop))
+            batch = batch.part(own.start, own.stop) if own else batch.part(0, 1)
+            value = world.run(loss, batch.to(device))
+            total += float(value) if own else 0.0
             if progress is not None:
                 progress(stop, len(rows))
-    return total / int(rows.counted.sum())
+    return world.sum_of(total) / int(rows.counted.sum())
 
 
 def check_length(model: nn.Module, length: int, name: str) -> None:

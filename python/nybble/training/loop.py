@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from ..checkpoint.writer import StorageFullError, full_disk_names
 from ..nn.adapters import acting_parameters, adapted_modules, adapter_names, adapter_parameters, require_names
 from . import state
 from .config import TrainConfig, learning_rate
+from .distributed.launch import open_world
+from .distributed.world import ALONE, World
 from .interrupt import Interrupt
 from .metrics import Display, MetricsFile, peak_memory_bytes
 from .mode import autocast, checkpointing, training_mode
@@ -74,24 +76,34 @@ def finetune(
     is made again, and comes to the same bits on the same machine with the same number of threads. Ctrl-C ends the run
     after the step in progress and saves; a second one ends it at once.
 
+    Several processes that make the same call, started by torchrun or with a process group of their own, train together
+    (config.parallel): each computes its part of every batch, and losses and gradients are those of one process, up to
+    the order of sums. The first one writes and shows; a checkpoint goes on with any number of processes. Ctrl-C or
+    SIGTERM of any one stops all after the same step. With parallel="fsdp" the model is left sharded: use what was
+    saved.
+
     Raises ValueError for data, config or a model that do not fit together, DestinationExistsError when out_dir is not
     empty and holds no unfinished run of the same settings and data, NonFiniteLossError when the loss or the gradient is
-    NaN or infinite.
+    NaN or infinite, PeerError when another process of the run failed.
     """
     config = config or TrainConfig()
-    task, told = make_task(model, data, config, tokenizer, eval_data)
-    parameters = _trained(model, task)
-    checkpointing(model, config)  # refused before the work, not in it
-    _check_results(model, config, save, task)
-    total_steps = config.total_steps(task.sequences)
-    out, found, notes = _open(model, config, task, parameters)
-    with contextlib.nullcontext() if out is None else contextlib.closing(out):
+    with ExitStack() as stack:
+        world = stack.enter_context(open_world(config.parallel, model))
+        with world.together():
+            task, told = make_task(model, data, config, tokenizer, eval_data, world)
+            parameters = _trained(model, task)
+            checkpointing(model, config)  # refused before the work, not in it
+            _check_results(model, config, save, task)
+            world.check(model, parameters, config)
+        world.align(model)
+        total_steps = config.total_steps(task.sequences)
+        out, found, notes = _open(model, config, task, parameters, world, stack)
         report = TrainReport(trainable_parameters=sum(p.numel() for p in parameters.values()))
         report.metrics_path = None if out is None else out.metrics
         after = None if found is None else found.step
         board = out.board if out is not None and config.tensorboard else None
-        metrics = MetricsFile(report.metrics_path, after, board)
-        display = Display(total_steps, config.log_every, enabled=show, console=console)
+        metrics = stack.enter_context(closing(MetricsFile(report.metrics_path, after, board)))
+        display = Display(total_steps, config.log_every, enabled=show and world.first, console=console)
         if found is None:
             metrics.write("config", **config.to_dict(), total_steps=total_steps, sequences=task.sequences)
         display.say(
@@ -100,16 +112,21 @@ def finetune(
         )
         for note in (*told, *notes):
             display.say(note)
-        run = Run(model, task, config, parameters, Recorder(report, metrics, display, config), out, save)
-        with contextlib.closing(metrics), training_mode(model, config), display:
+        parameters = world.hold(model, parameters)
+        with torch.no_grad():
+            world.run(task.prepare)
+        run = Run(model, task, config, parameters, Recorder(report, metrics, display, config), out, save, world)
+        with training_mode(model, config), display:
+            found = world.spread(found)
             if found is not None:
                 run.restore(found)
                 display.say(f"goes on after step {found.step}")
             run.train(total_steps, on_step)
             if metrics.lost:
                 display.say(f"{metrics.path} lacks {metrics.lost} rows: the disk was full")
+        metrics.close()
         report.peak_memory_bytes = peak_memory_bytes(next(model.parameters()).device)
-        if out is not None:
+        if config.out_dir is not None:
             run.write_results(display)
         return report
 
@@ -126,23 +143,24 @@ class Run:
         recorder: Recorder,
         out: RunDirectory | None = None,
         save: Save | None = None,
+        world: World = ALONE,
     ) -> None:
+        """parameters: what this process has of the trained ones. out: of the first process alone."""
         self.model, self.task, self.config, self.parameters = model, task, config, parameters
         self.recorder, self.report, self.out, self._save = recorder, recorder.report, out, save
+        self.world = world
         self.device = next(iter(parameters.values())).device
-        self.optimizer = make_optimizer(parameters, config)
+        self.optimizer = make_optimizer(parameters, config, world.optimizer_options())
         self.mean = RunningMean(parameters, config.ema_decay)
         self.step = 0
         self._names = {id(p): name for name, p in parameters.items()}
-        self._members = [
-            list(parameters.values()) if group is None else list(adapter_parameters(model, group).values())
-            for group in task.groups
-        ]
+        owned = [parameters if group is None else adapter_parameters(model, group) for group in task.groups]
+        self._members = [[p for name, p in parameters.items() if name in names] for names in owned]
 
     def train(self, total_steps: int, on_step: Callable[[int, float], None] | None = None) -> None:
         """From the step after `self.step` to the last one."""
         config, report = self.config, self.report
-        with Interrupt() as interrupt:
+        with Interrupt(launched=self.world.size > 1) as interrupt:
             # Of a run that is taken up too, if Ctrl-C came between a step and its evaluation.
             if self._evaluation_due() and all(e.step != self.step for e in report.evaluations):
                 self.evaluate()
@@ -151,7 +169,7 @@ class Run:
                 if on_step is not None:
                     on_step(self.step, loss)
                 last = self.step == total_steps
-                if interrupt.requested and not last:
+                if self.world.any(interrupt.requested) and not last:
                     report.interrupted = True
                     self.checkpoint()
                     return
@@ -163,35 +181,40 @@ class Run:
 
     def optimizer_step(self, total_steps: int) -> float:
         """One step of the optimizer; returns the mean loss before it."""
-        config, task = self.config, self.task
+        config, task, world = self.config, self.task, self.world
         started = time.perf_counter()
         step = self.step + 1
         lr = learning_rate(self.step, total_steps, config)
         set_learning_rate(self.optimizer, lr)
-        # Dropout is a function of (seed, step): a run that is taken up again draws what it would have drawn.
-        torch.manual_seed((config.seed * 1_000_003 + step) % (1 << 63))
+        # Dropout is a function of (seed, step, process): a run that is taken up again draws what it would have drawn.
+        torch.manual_seed(world.seed((config.seed * 1_000_003 + step) % (1 << 63)))
 
-        # The sum over all micro-batches of losses divided by the step's targets: the mean of the one big batch.
+        # The sum over all micro-batches, of all processes, of losses divided by the step's targets: the mean of the
+        # one big batch.
         first = self.step * config.sequences_per_step
         batches = [
             task.batch(first + micro * config.batch_size, config.batch_size, self.device)
             for micro in range(config.grad_accum)
         ]
-        counted = torch.stack([task.counted(batch) for batch in batches]).sum(0).clamp(min=1)
+        counted = world.sum(torch.stack([task.counted(batch) for batch in batches]).sum(0)).clamp(min=1)
         losses = torch.zeros(len(task.groups), device=self.device)
-        for batch in batches:
-            with task.acting(batch):
+        for number, batch in enumerate(batches, 1):
+            with task.acting(batch), world.gradients(last=number == len(batches)):
                 with autocast(self.device, config):
-                    part = task.losses(batch) / counted.to(self.device)
+                    part = world.run(task.losses, batch) / counted.to(self.device)
                 part.sum().backward()
             losses += part.detach()
+        losses = world.sum(losses)
+        world.collect()
 
+        # The same numbers in all processes: what one finds, all do.
         self._check_finite(step, "loss", losses.sum(), lr)
-        clipping = [clip_scale(members, config.max_grad_norm or None) for members in self._members]
+        clipping = [clip_scale(members, config.max_grad_norm or None, world.squares) for members in self._members]
         norms = torch.stack([norm for norm, _ in clipping])
         self._check_finite(step, "gradient's norm", norms.sum(), lr)
         clipped_step(self.optimizer, self._members, [factor for _, factor in clipping])
         self.optimizer.zero_grad(set_to_none=True)
+        world.clear()
         self.mean.update()
         self.step = step
 
@@ -206,10 +229,9 @@ class Run:
             result = self.task.evaluate()
         if result is not None:
             best = self.recorder.evaluation(Evaluation(self.step, *result))
-            if best and self.config.keep_best and self.out is not None and self.step:
+            if best and self.config.keep_best and self.step:
                 self.report.best_dir = None  # until this one is there: best/ would be of another step
-                with self.mean.in_place():
-                    self.report.best_dir = self._unless_full("best/", partial(self.out.write, BEST, self._save_into))
+                self.report.best_dir = self._write_trained(BEST, partial(self._unless_full, "best/"))
 
     def _evaluation_due(self) -> bool:
         every = self.config.eval_every
@@ -227,7 +249,7 @@ class Run:
 
     def checkpoint(self) -> None:
         """Write all that the next step depends on, if config wants checkpoints."""
-        if self.out is None or not self.config.save_every:
+        if self.config.out_dir is None or not self.config.save_every:
             return
         report = self.report
         tensors, numbers = state.optimizer_state(self.optimizer, self._names)
@@ -241,12 +263,17 @@ class Run:
             "evaluations": [[e.step, e.loss, e.accuracy] for e in report.evaluations],
             "tokens": report.tokens,
             "seconds": report.seconds,
-            "environment": environment(),
+            "environment": {**environment(), **self.world.facts()},
         }
-        snapshot = state.Snapshot(self.step, tensors, facts)
         self.recorder.metrics.sync()  # its rows up to here are not written again
-        write = partial(state.save, self.out.checkpoints, snapshot, self.config.keep_checkpoints)
-        self._unless_full("checkpoint", write)
+
+        def write(whole: Mapping[str, Any]) -> None:
+            assert self.out is not None
+            snapshot = state.Snapshot(self.step, whole, facts)
+            save = partial(state.save, self.out.checkpoints, snapshot, self.config.keep_checkpoints)
+            self._unless_full("checkpoint", save)
+
+        self.world.write(tensors, write)
 
     def _unless_full(self, what: str, write: Callable[[], Path]) -> Path | None:
         """What write() returns; None where the disk is full, which is told, and no reason to lose what was trained."""
@@ -286,8 +313,8 @@ class Run:
         self.step = found.step
         if self.out is not None and (self.out.path / BEST).is_dir():
             report.best_dir = self.out.path / BEST
-        here = environment()
-        there = facts["environment"]
+        here = {**environment(), **self.world.facts()}
+        there = {**ALONE.facts(), **facts["environment"]}
         changed = [
             f"{key} was {there.get(key)!r}, is {value!r}" for key, value in here.items() if there.get(key) != value
         ]
@@ -300,27 +327,49 @@ class Run:
 
     def write_results(self, display: Display) -> None:
         """adapter/ and loss.png; then what only a continuation needs is removed, unless there is to be one."""
+        report = self.report
+        report.adapter_dir = self._write_trained(ADAPTER, self._or_say_what_is_left)
+        report.plot_path = self.world.from_first(self._finish)
+        stopped = f"stopped after step {len(report.losses)} of {display.total_steps}; " if report.interrupted else ""
+        display.say(f"{stopped}saved in {report.adapter_dir}")
+
+    def _finish(self) -> Path | None:
+        """The plot, if there is to be one; nothing is left that only a continuation needs."""
         report, out = self.report, self.out
         assert out is not None
+        plotted = None
+        if self.config.plot:
+            evaluations = [(e.step, e.loss) for e in report.evaluations]
+            plotted = self._unless_full("loss.png", partial(plot_loss, report.losses, evaluations, out.plot))
+        if not (report.interrupted and self.config.save_every):
+            out.finish()
+        return plotted
+
+    def _or_say_what_is_left(self, write: Callable[[], Path]) -> Path:
+        """What write() returns; the error of a full disk tells what became of the work."""
+        assert self.out is not None
         try:
-            with self.mean.in_place():
-                report.adapter_dir = self._with_room(partial(out.write, ADAPTER, self._save_into))
+            return self._with_room(write)
         except StorageFullError as error:
-            last = next(iter(state.newest(out.checkpoints)), None)
+            last = next(iter(state.newest(self.out.checkpoints)), None)
             error.outcome = (
                 "no adapter was saved; the model itself is trained"
                 if last is None
                 else f"no adapter was saved; make room, and the same call goes on from {last.name}"
             )
             raise
-        if self.config.plot:
-            evaluations = [(e.step, e.loss) for e in report.evaluations]
-            draw = partial(plot_loss, report.losses, evaluations, out.plot)
-            report.plot_path = self._unless_full("loss.png", draw)
-        if not (report.interrupted and self.config.save_every):
-            out.finish()
-        stopped = f"stopped after step {len(report.losses)} of {display.total_steps}; " if report.interrupted else ""
-        display.say(f"{stopped}saved in {report.adapter_dir}")
+
+    def _write_trained(self, name: str, guarded: Callable[[Callable[[], Path]], Path | None]) -> Path | None:
+        """Have what is trained written into out_dir/name, by `guarded`, which is given what writes."""
+
+        def write() -> Path | None:
+            assert self.out is not None
+            return guarded(partial(self.out.write, name, self._save_into))
+
+        # What a caller's own function saves is not known: it gets the model whole.
+        names = list(self.parameters) if self._save is None else None
+        with self.mean.in_place(), self.world.assembled(self.model, names):
+            return self.world.from_first(write)
 
     def _save_into(self, directory: Path) -> None:
         if self._save is not None:
@@ -377,10 +426,16 @@ def _check_results(model: nn.Module, config: TrainConfig, save: Save | None, tas
 
 
 def _open(
-    model: nn.Module, config: TrainConfig, task: Task, parameters: Mapping[str, nn.Parameter]
+    model: nn.Module,
+    config: TrainConfig,
+    task: Task,
+    parameters: Mapping[str, nn.Parameter],
+    world: World,
+    stack: ExitStack,
 ) -> tuple[RunDirectory | None, state.Snapshot | None, list[str]]:
-    """(the directory, the checkpoint to go on from, what to tell of damaged ones)."""
-    if config.out_dir is None:
+    """(the directory, to be closed by `stack`; the checkpoint to go on from; what to tell of damaged ones), of the
+    first process. Raises ValueError where processes were not given the same."""
+    if config.out_dir is None and world.size == 1:
         return None, None, []
     identity = {
         "config": config.identity(),
@@ -388,7 +443,16 @@ def _open(
         "model": model_fingerprint(model, parameters),
         "trained": {name: f"{p.dtype} {list(p.shape)}" for name, p in parameters.items()},
     }
-    out = RunDirectory(Path(config.out_dir), identity, start_fingerprint(model, parameters))
+    start = start_fingerprint(model, parameters)
+    same = {**identity, "trained weights": start, "out_dir": config.out_dir is None, "save_every": config.save_every}
+    world.agree({name: str(value) for name, value in same.items()})
+    out = None
+    with world.together():
+        if config.out_dir is not None and world.first:
+            out = RunDirectory(Path(config.out_dir), identity, start)
+            stack.enter_context(closing(out))
+    if out is None:
+        return None, None, []
     found = "the beginning" if out.found is None else f"step {out.found.step}"
     notes = [f"passed over a checkpoint: {text}; the run goes on from {found}" for text in out.damaged]
     if out.found is not None and not out.same_start:

@@ -228,7 +228,8 @@ def _check_options(options: dict[str, Any]) -> None:
 
 def _new_state(param: Tensor, group: dict[str, Any]) -> dict[str, Tensor]:
     state = {"step": torch.zeros((), dtype=torch.int64, device="cpu")}
-    if group["bits"] == 8 and param.numel() >= MIN_8BIT_SIZE:
+    # A group of parts of parameters decides by the whole ones.
+    if group["bits"] == 8 and param.numel() >= group.get("min_8bit_size", MIN_8BIT_SIZE):
         for moment, scale, signed in zip(_MOMENTS, _SCALES, (True, False), strict=True):
             state[moment], state[scale] = reference_optim.empty_moment(param, group["block_size"], signed)
     else:
@@ -258,7 +259,9 @@ def _loaded_state(state: dict[str, Any], param: Tensor, group: dict[str, Any], n
     return loaded
 
 
-def clip_scale(parameters: Iterable[Tensor], max_norm: float | None) -> tuple[Tensor, float]:
+def clip_scale(
+    parameters: Iterable[Tensor], max_norm: float | None, whole: Callable[[float], float] | None = None
+) -> tuple[Tensor, float]:
     """The norm of all gradients together, and the factor that clips it to `max_norm`.
 
     The factor is torch.nn.utils.clip_grad_norm_'s, min(1, max_norm / (norm + 1e-6)), for `AdamW.step(grad_scale=...)`:
@@ -268,6 +271,7 @@ def clip_scale(parameters: Iterable[Tensor], max_norm: float | None) -> tuple[Te
     Args:
         parameters: those without a gradient do not count.
         max_norm: above 0; None clips nothing.
+        whole: makes the sum of squares of all gradients of that of these, which are only a part of them.
 
     Returns:
         The norm, fp32, 0-dim, on the CPU, infinite or NaN where a gradient is (or is beyond fp32 when squared; the
@@ -281,6 +285,7 @@ def clip_scale(parameters: Iterable[Tensor], max_norm: float | None) -> tuple[Te
             backend = cpu_optim if param.grad.device.type == "cpu" else reference_optim
             squares.append(backend.sum_of_squares(param.grad))
     total = sum(squares) if not all(map(math.isfinite, squares)) else math.fsum(squares)
+    total = total if whole is None else whole(total)
     norm = torch.tensor(math.sqrt(total), dtype=torch.float32, device="cpu")
     if max_norm is None:
         return norm, 1.0

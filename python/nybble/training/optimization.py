@@ -13,19 +13,23 @@ from .config import TrainConfig
 from .optim import build_optimizer, step_scaled
 
 
-def make_optimizer(parameters: Mapping[str, nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:
-    """The optimizer of config over parameters by name.
+def make_optimizer(
+    parameters: Mapping[str, nn.Parameter], config: TrainConfig, options: Mapping[str, dict[str, Any]] | None = None
+) -> torch.optim.Optimizer:
+    """The optimizer of config over parameters by name; `options`, by name, are what adamw8bit is told of each.
 
     Weight decay is for those of two or more dimensions; the B matrices of LoRA have config.lora_plus_ratio times the
     learning rate (LoRA+, arXiv 2402.12354): a group's `lr_scale` says so.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         decay = config.weight_decay if parameter.dim() >= 2 else 0.0
         scale = config.lora_plus_ratio if name.endswith(".lora_B") else 1.0
-        groups.setdefault((decay, scale), []).append(parameter)
+        told = (options or {}).get(name, {}) if config.optimizer == "adamw8bit" else {}
+        groups.setdefault((decay, scale, *told.items()), []).append(parameter)
     listed = [
-        {"params": members, "weight_decay": decay, "lr_scale": scale} for (decay, scale), members in groups.items()
+        {"params": members, "weight_decay": decay, "lr_scale": scale, **dict(told)}
+        for (decay, scale, *told), members in groups.items()
     ]
     return build_optimizer(config.optimizer, listed, lr=config.lr, betas=config.betas, eps=config.eps)
 

@@ -11,14 +11,20 @@ from torch import nn
 from .classifier import TextClassifier
 from .config import TrainConfig
 from .data import DataReport, Labelled, Rows, make_rows
+from .distributed.world import ALONE, World
 from .evaluate import check_length, check_vocabulary
 from .tasks import CausalTask, ClassificationTask, MixedTask, Task
 
 
 def make_task(
-    model: nn.Module, data: Any, config: TrainConfig, tokenizer: Any = None, eval_data: Any = None
+    model: nn.Module,
+    data: Any,
+    config: TrainConfig,
+    tokenizer: Any = None,
+    eval_data: Any = None,
+    world: World = ALONE,
 ) -> tuple[Task, list[str]]:
-    """(the task, what to tell of the data).
+    """(the task of this process, what to tell of the data).
 
     Raises ValueError for data, config or a model that do not fit together, and what reading the data raises.
     """
@@ -27,10 +33,12 @@ def make_task(
         raise ValueError(f"give eval_data or val_fraction, not both: got eval_data and {config.val_fraction}")
     if isinstance(model, TextClassifier):
         train, test = prepare_labelled(model, data, config, tokenizer, eval_data)
-        return ClassificationTask(model, train, test, config), [f"{len(train):,} texts of {model.classes} classes"]
+        return ClassificationTask(model, train, test, config, world), [
+            f"{len(train):,} texts of {model.classes} classes"
+        ]
     if not isinstance(data, Mapping):
         rows, held_out, report = prepare_rows(model, data, config, tokenizer, eval_data)
-        return CausalTask(model, rows, held_out, config), [str(report)]
+        return CausalTask(model, rows, held_out, config, world), [str(report)]
     if not data:
         raise ValueError("data is an empty mapping; give data for at least one adapter")
     held = eval_data if isinstance(eval_data, Mapping) else dict.fromkeys(data, eval_data)
@@ -42,7 +50,7 @@ def make_task(
         for name, part in data.items()
     }
     task = MixedTask(
-        model, {name: p[0] for name, p in parts.items()}, {name: p[1] for name, p in parts.items()}, config
+        model, {name: p[0] for name, p in parts.items()}, {name: p[1] for name, p in parts.items()}, config, world
     )
     return task, [f"{name}: {p[2]}" for name, p in parts.items()]
 

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,23 +29,47 @@ _NAME = re.compile(r"step-(\d{8,})")
 _PIECE = 1 << 24
 
 
+class Whole(Protocol):
+    """A tensor that is brought together when it is needed."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    def whole(self) -> Tensor:
+        """The tensor."""
+
+
 @dataclass
 class Snapshot:
     """What a run needs to go on after `step`.
 
     Attributes:
         step: optimizer steps done.
-        tensors: name -> tensor: parameters, running means, the optimizer's state.
+        tensors: name -> tensor: parameters ("parameter.NAME"), running means ("mean.NAME"), the optimizer's state
+            ("optimizer.KEY.NAME"), losses.
         facts: JSON-able: losses, evaluations, the optimizer's numbers.
     """
 
     step: int
-    tensors: dict[str, Tensor]
+    tensors: Mapping[str, Tensor]
     facts: dict[str, Any] = field(default_factory=dict)
+
+
+def owner(name: str) -> str | None:
+    """The parameter that a snapshot's tensor belongs to; None: to none."""
+    kind, _, rest = name.partition(".")
+    if kind == "optimizer":
+        return rest.partition(".")[2]
+    return rest if kind in ("parameter", "mean") else None
 
 
 def save(directory: Path, snapshot: Snapshot, keep: int) -> Path:
     """Write a checkpoint into `directory`, then remove all but the last `keep`, and those of later steps.
+
+    The snapshot's tensors may be `Whole`s; they are then brought together one at a time.
 
     Raises:
         StorageFullError: the disk is full; the checkpoints before are untouched.
@@ -57,7 +81,9 @@ def save(directory: Path, snapshot: Snapshot, keep: int) -> Path:
     with Staging(target) as staging:
         writer = ShardWriter(staging, TENSORS, slots, {"format": "pt"})
         for slot in slots:
-            writer.write(slot.name, slot.dtype, slot.shape or (), [tensor_bytes(snapshot.tensors[slot.name])])
+            tensor: Any = snapshot.tensors[slot.name]
+            tensor = tensor if isinstance(tensor, Tensor) else tensor.whole()
+            writer.write(slot.name, slot.dtype, slot.shape or (), [tensor_bytes(tensor)])
         writer.finish()
         # The file has a temporary name until it is committed; what is hashed is what the disk will give back.
         digest = _sha256(staging.path(TENSORS))

@@ -2,12 +2,16 @@
 
 A task has groups: the adapters that are trained side by side, or the one group None. Each group's loss is the mean over
 its own targets, so that it sees what it would see alone.
+
+Of several processes, each takes its part of every batch (`World.rows`) out of the whole one: what a batch is padded to
+and whether it has a mask is then the same in all of them, and they run through the same code.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +20,8 @@ from torch import Tensor, nn
 from ..nn.adapters import use_adapter
 from .classifier import ClassificationLoss, accuracy
 from .config import TrainConfig
-from .data import IGNORE, Batches, Labelled, MixedBatches, Rows
+from .data import IGNORE, Batch, Batches, Labelled, MixedBatches, Rows
+from .distributed.world import ALONE, World
 from .evaluate import mean_loss
 from .loss import CausalLoss
 
@@ -34,8 +39,11 @@ class Task(Protocol):
     sequences: int
     has_held_out: bool
 
+    def prepare(self) -> None:
+        """What must be found out with the model, before the first batch."""
+
     def batch(self, position: int, count: int, device: torch.device) -> Any:
-        """Rows number position to position + count - 1 of every group's stream."""
+        """Of rows number position to position + count - 1 of every group's stream, those of this process."""
 
     def counted(self, batch: Any) -> Tensor:
         """int64 [groups]: targets of the batch that count."""
@@ -58,20 +66,29 @@ class CausalTask:
 
     groups: tuple[str | None, ...] = (None,)
 
-    def __init__(self, model: nn.Module, rows: Rows, held_out: Rows | None, config: TrainConfig) -> None:
-        self.model, self.rows, self.held_out, self.config = model, rows, held_out, config
+    def __init__(
+        self, model: nn.Module, rows: Rows, held_out: Rows | None, config: TrainConfig, world: World = ALONE
+    ) -> None:
+        self.model, self.rows, self.held_out, self.config, self.world = model, rows, held_out, config, world
         self.sequences, self.has_held_out = len(rows), held_out is not None
         self._batches = Batches(rows, config.seed)
-        self._loss = CausalLoss(model, config.loss_chunk)
+
+    @cached_property
+    def _loss(self) -> CausalLoss:
+        return CausalLoss(self.model, self.config.loss_chunk)
+
+    def prepare(self) -> None:
+        _ = self._loss  # runs the model on a few tokens
 
     def batch(self, position: int, count: int, device: torch.device) -> Any:
-        return self._batches.at(position, count).to(device)
+        own = self.world.rows(count)
+        return self._batches.at(position, count).part(own.start, own.stop).to(device)
 
     def counted(self, batch: Any) -> Tensor:
         return torch.tensor([batch.counted])
 
     def losses(self, batch: Any) -> Tensor:
-        return self._loss(batch).reshape(1)
+        return torch.stack([self._loss(batch)])  # no view of it, of which FSDP2 warns
 
     def acting(self, batch: Any) -> AbstractContextManager[None]:
         return nullcontext()
@@ -80,7 +97,7 @@ class CausalTask:
         if self.held_out is None:
             return None
         return mean_loss(
-            self.model, self.held_out, batch_size=self.config.batch_size, chunk=self.config.loss_chunk
+            self.model, self.held_out, batch_size=self.config.batch_size, loss=self._loss, world=self.world
         ), None
 
     def tensors(self) -> Iterable[Tensor | None]:
@@ -93,18 +110,32 @@ class MixedTask:
     """Next-token prediction with several adapters in one batch, each on data of its own."""
 
     def __init__(
-        self, model: nn.Module, rows: Mapping[str, Rows], held_out: Mapping[str, Rows | None], config: TrainConfig
+        self,
+        model: nn.Module,
+        rows: Mapping[str, Rows],
+        held_out: Mapping[str, Rows | None],
+        config: TrainConfig,
+        world: World = ALONE,
     ) -> None:
-        self.model, self.rows, self.held_out, self.config = model, rows, held_out, config
+        self.model, self.rows, self.held_out, self.config, self.world = model, rows, held_out, config, world
         self.groups: tuple[str | None, ...] = tuple(rows)
         self.sequences = max(len(r) for r in rows.values())
         self.has_held_out = any(r is not None for r in held_out.values())
         self._batches = MixedBatches({name: Batches(r, config.seed) for name, r in rows.items()})
-        self._loss = CausalLoss(model, config.loss_chunk)
+
+    @cached_property
+    def _loss(self) -> CausalLoss:
+        return CausalLoss(self.model, self.config.loss_chunk)
+
+    def prepare(self) -> None:
+        _ = self._loss  # runs the model on a few tokens
 
     def batch(self, position: int, count: int, device: torch.device) -> Any:
         batch, names = self._batches.at(position, count)
-        return batch.to(device), names
+        own = self.world.rows(count)
+        firsts = range(0, len(batch), count)  # of every group
+        parts = [batch.part(first + own.start, first + own.stop) for first in firsts]
+        return Batch.join(parts).to(device), [names[first + i] for first in firsts for i in own]
 
     def counted(self, batch: Any) -> Tensor:
         return torch.stack([(targets != IGNORE).sum() for targets in self._split(batch[0].targets)]).cpu()
@@ -133,7 +164,9 @@ class MixedTask:
             if rows is not None:
                 with use_adapter(self.model, name):
                     losses.append(
-                        mean_loss(self.model, rows, batch_size=self.config.batch_size, chunk=self.config.loss_chunk)
+                        mean_loss(
+                            self.model, rows, batch_size=self.config.batch_size, loss=self._loss, world=self.world
+                        )
                     )
         return (sum(losses) / len(losses), None) if losses else None
 
@@ -148,19 +181,25 @@ class ClassificationTask:
 
     groups: tuple[str | None, ...] = (None,)
 
-    def __init__(self, model: nn.Module, data: Labelled, held_out: Labelled | None, config: TrainConfig) -> None:
-        self.model, self.data, self.held_out, self.config = model, data, held_out, config
+    def __init__(
+        self, model: nn.Module, data: Labelled, held_out: Labelled | None, config: TrainConfig, world: World = ALONE
+    ) -> None:
+        self.model, self.data, self.held_out, self.config, self.world = model, data, held_out, config, world
         self.sequences, self.has_held_out = len(data), held_out is not None
         self._loss = ClassificationLoss(model)
 
+    def prepare(self) -> None:
+        """Nothing."""
+
     def batch(self, position: int, count: int, device: torch.device) -> Any:
-        return self.data.at(position, count).to(device)
+        own = self.world.rows(count)
+        return self.data.at(position, count).part(own.start, own.stop).to(device)
 
     def counted(self, batch: Any) -> Tensor:
         return torch.tensor([len(batch.labels)])
 
     def losses(self, batch: Any) -> Tensor:
-        return self._loss(batch).reshape(1)
+        return torch.stack([self._loss(batch)])  # no view of it, of which FSDP2 warns
 
     def acting(self, batch: Any) -> AbstractContextManager[None]:
         return nullcontext()
@@ -168,7 +207,7 @@ class ClassificationTask:
     def evaluate(self) -> tuple[float, float | None] | None:
         if self.held_out is None:
             return None
-        found = accuracy(self.model, self.held_out, self.config.batch_size)
+        found = accuracy(self.model, self.held_out, self.config.batch_size, self.world)
         return found.loss, found.accuracy
 
     def tensors(self) -> Iterable[Tensor | None]:

@@ -87,6 +87,11 @@ class LabelledBatch:
         types = None if self.types is None else self.types.to(device)
         return LabelledBatch(self.ids.to(device), self.mask.to(device), self.labels.to(device), types)
 
+    def part(self, start: int, stop: int) -> LabelledBatch:
+        """Texts number start to stop - 1, padded as they are."""
+        types = None if self.types is None else self.types[start:stop]
+        return LabelledBatch(self.ids[start:stop], self.mask[start:stop], self.labels[start:stop], types)
+
 
 @dataclass(frozen=True)
 class Labelled:
