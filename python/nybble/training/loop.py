@@ -110,6 +110,10 @@ def finetune(
             f"{report.trainable_parameters:,} trainable parameters; {task.sequences:,} sequences of {config.seq_len}; "
             f"{total_steps:,} steps of {config.sequences_per_step * len(task.groups):,} sequences"
         )
+        if world.size > 1:
+            display.say(
+                f"{world.size} processes ({world.kind}); each sees {config.batch_size // world.size} of a batch"
+            )
         for note in (*told, *notes):
             display.say(note)
         parameters = world.hold(model, parameters)

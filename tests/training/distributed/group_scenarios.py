@@ -172,6 +172,21 @@ def stopped(directory: Path, parallel: str) -> Any:
     return first, nf4(directory, parallel, f"stopped-{parallel}")
 
 
+def killed(directory: Path, parallel: str) -> str:
+    """The last process ends without a word; what the others hear."""
+
+    def on_step(step: int, loss: float) -> None:
+        if step == 4 and rank() == dist.get_world_size() - 1:
+            os._exit(9)
+
+    return told(lambda: nf4(directory, parallel, f"killed-{parallel}", on_step))
+
+
+def revived(directory: Path, parallel: str) -> Any:
+    """The same run once more."""
+    return nf4(directory, parallel, f"killed-{parallel}")
+
+
 def chain(directory: Path, parallel: str, stop: int | None) -> Any:
     """A link of a chain of runs by other numbers of processes."""
     return nf4(directory, parallel, "chain", None if stop is None else stopping(stop))
@@ -266,7 +281,7 @@ def refusals(directory: Path, parallel: str) -> dict[str, str]:
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
     f"{function.__name__}-{parallel}": partial(function, parallel=parallel)
-    for function in (nf4, full, bf16, mixed, classifier, methods, stopped, poison, refusals)
+    for function in (nf4, full, bf16, mixed, classifier, methods, stopped, killed, revived, poison, refusals)
     for parallel in ("none", "ddp", "fsdp")
 }
 SCENARIOS |= {

@@ -32,8 +32,8 @@ def free_port() -> int:
         return int(opened.getsockname()[1])
 
 
-def run_group(size: int, directory: Path, names: list[str]) -> Callable[[str], list[Any]]:
-    """Runs scenarios in `size` processes; returns what each process came to, by scenario."""
+def run_group(size: int, directory: Path, names: list[str], killed: bool = False) -> Callable[[str], list[Any]]:
+    """Runs scenarios in `size` processes; returns what each process came to, by scenario. killed: the last one dies."""
     variables = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     quiet = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, str(HERE / "group_process.py"), str(directory), *names]
@@ -48,7 +48,9 @@ def run_group(size: int, directory: Path, names: list[str]) -> Callable[[str], l
         for rank in range(size)
     ]
     said = [process.communicate(timeout=240)[0] for process in processes]
-    assert not any(process.returncode for process in processes), "\n".join(said)
+    codes = [process.returncode for process in processes]
+    assert killed or not any(codes), "\n".join(said)
+    size -= killed
 
     def result(name: str) -> list[Any]:
         found = [torch.load(directory / f"{name}.{rank}.pt", weights_only=False) for rank in range(size)]
@@ -78,10 +80,11 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("two")
+    died = run_group(2, directory, ["killed-fsdp"], killed=True)("killed-fsdp")
     kinds = ("nf4", "full", "bf16", "mixed", "classifier", "methods", "stopped", "refusals")
     names = [f"{kind}-{parallel}" for kind in kinds for parallel in PARALLEL]
-    result = run_group(2, directory, [*names, "poison-fsdp", "chain-fsdp-2"])
-    return directory, result
+    result = run_group(2, directory, [*names, "revived-fsdp", "poison-fsdp", "chain-fsdp-2"])
+    return directory, result, died
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +176,12 @@ def test_a_signal_to_one_stops_all_and_as_many_go_on_to_the_same_bits(scenario: 
         load_file(two[0] / d / "adapter" / "adapter_model.safetensors") for d in (scenario, "nf4-" + scenario[8:])
     )
     assert all(torch.equal(saved[name], value) for name, value in wanted.items())
+
+
+def test_a_process_that_dies_is_told_of_and_the_run_goes_on_to_the_same_bits(two: Any) -> None:
+    assert [text.startswith("PeerError: process 0: another process of this run failed or ended") for text in two[2]]
+    whole = two[1]("nf4-fsdp")[0]
+    assert all(found["losses"] == whole["losses"] and found["resumed"] == 2 for found in two[1]("revived-fsdp"))
 
 
 def test_four_processes_go_on_to_the_same_bits(four: Any) -> None:
