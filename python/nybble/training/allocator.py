@@ -1,4 +1,4 @@
-"""Memory that a training step frees stays with the process until the run ends, for the next step to use."""
+"""Memory that a training step frees: it stays with the process for the next step, or goes back at once."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 #: glibc's highest for blocks on its heap; larger ones are mapped, and returned when they are freed.
 _LARGEST_ON_HEAP = 32 << 20
 _KEPT = 1 << 30
+_SMALL = 1 << 20
 _USERS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
@@ -38,6 +39,29 @@ def kept_heap() -> Iterator[None]:
         # What malloc comes to by itself in a process that frees large blocks; what it was cannot be asked for.
         libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_ON_HEAP)
         libc.malloc_trim(0)
+
+
+@contextmanager
+def returned_heap() -> Iterator[None]:
+    """Within it, glibc's malloc returns every block of 1 MiB or more to the system when it is freed.
+
+    For weights that are gathered before a layer and freed after it: on the heap they leave holes, which the next
+    layer's do not fill exactly, and a process held 460 MB of a model of 170 M parameters where it has 60 MB of its own.
+    The price is that each comes in new pages. Elsewhere, and with a malloc that the environment configures, it does
+    nothing.
+    """
+    libc = None if any(name in os.environ for name in _USERS) else _glibc()
+    if libc is None:
+        yield
+        return
+    libc.mallopt(_MMAP_THRESHOLD, _SMALL)
+    libc.mallopt(_TRIM_THRESHOLD, _SMALL)
+    libc.malloc_trim(0)
+    try:
+        yield
+    finally:
+        libc.mallopt(_MMAP_THRESHOLD, _LARGEST_ON_HEAP)
+        libc.mallopt(_TRIM_THRESHOLD, 2 * _LARGEST_ON_HEAP)
 
 
 def _glibc() -> ctypes.CDLL | None:

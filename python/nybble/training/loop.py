@@ -111,16 +111,15 @@ def finetune(
             f"{total_steps:,} steps of {config.sequences_per_step * len(task.groups):,} sequences"
         )
         if world.size > 1:
-            display.say(
-                f"{world.size} processes ({world.kind}); each sees {config.batch_size // world.size} of a batch"
-            )
+            share = config.batch_size // world.size
+            display.say(f"{world.size} processes ({world.kind}), {share} rows of a batch each")
         for note in (*told, *notes):
             display.say(note)
         parameters = world.hold(model, parameters)
         with torch.no_grad():
             world.run(task.prepare)
         run = Run(model, task, config, parameters, Recorder(report, metrics, display, config), out, save, world)
-        with training_mode(model, config), display:
+        with training_mode(model, config, keep_heap=world.kind != "fsdp"), display:
             found = world.spread(found)
             if found is not None:
                 run.restore(found)

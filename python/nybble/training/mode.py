@@ -55,15 +55,15 @@ def frozen_garbage() -> Iterator[None]:
 
 
 @contextmanager
-def training_mode(model: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """Training mode, and what config switches on, for the time of a run."""
+def training_mode(model: nn.Module, config: TrainConfig, keep_heap: bool = True) -> Iterator[None]:
+    """Training mode, and what config switches on, for the time of a run. keep_heap: see `allocator`."""
     was_training = {module: module.training for module in model.modules()}
     already_on = any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
     switch = None if already_on else checkpointing(model, config)
     with ExitStack() as stack:
         stack.enter_context(frozen_garbage())
         on_cpu = next(model.parameters()).device.type == "cpu"
-        if on_cpu:
+        if on_cpu and keep_heap:
             stack.enter_context(kept_heap())
         if config.fused and on_cpu:
             from .lean import lean

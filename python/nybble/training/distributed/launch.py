@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import distributed as dist
 from torch import nn
 
+from ..allocator import returned_heap
 from .world import ALONE, PeerError, World
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -67,14 +68,15 @@ def open_world(parallel: str, model: nn.Module) -> Iterator[World]:
         raise ValueError(f"parallel={parallel!r}: the model is on {device}; processes train together on cpu or cuda")
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    sharded = parallel == "fsdp"
     from .replicated import Replicated
     from .sharded import Sharded
 
     if not group:
         dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
     try:
-        with _peers_named():
-            yield (Sharded if parallel == "fsdp" else Replicated)(device)
+        with _peers_named(), returned_heap() if sharded and device.type == "cpu" else nullcontext():
+            yield (Sharded if sharded else Replicated)(device)
     finally:
         if not group:
             # Also after an error: the others then see at once that this process is gone.
