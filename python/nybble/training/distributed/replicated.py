@@ -3,7 +3,7 @@
 # No `from __future__ import annotations`: DDP reads those of a hook.
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
@@ -25,7 +25,7 @@ class Replicated(Group):
     kind = "ddp"
     _calls: DistributedDataParallel
 
-    def hold(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    def hold(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         calls = Calls(model)
         # DDP warns where it was to look for unused parameters and found none.
         calls.unused = nn.Parameter(torch.zeros(1, device=self.device))

@@ -54,14 +54,15 @@ class Sharded(Group):
                 if parameter.numel() >= MIN_8BIT_SIZE:
                     _check_blocks(name, Layout(tuple(parameter.shape), self.size))
 
-    def hold(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    def hold(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         names = list(parameters)
+        parameters.clear()  # the whole ones live on in the model alone
         self._layouts = {name: Layout(tuple(p.shape), self.size) for name, p in model.named_parameters()}
         mesh = init_device_mesh(self.device.type, (self.size,))
-        _forget_derived(model)
+        _let_go(model)
         self._calls = Calls(model)
         for module in (*_units(model), self._calls):
             # What was whole is freed here, a layer at a time, if nobody else holds it.
@@ -220,11 +221,19 @@ def _units(model: nn.Module) -> list[nn.Module]:
     return units
 
 
-def _forget_derived(model: nn.Module) -> None:
-    """What modules keep beside their parameters would keep the whole ones in memory."""
+def _let_go(model: nn.Module) -> None:
+    """Of what modules have beside their parameters, nothing is to keep the whole ones in memory: what they derived from
+    them; and buffers, such as codebooks, which may be a few bytes of a mapped file, all of which stays while they do.
+    """
+    copies: dict[int, tuple[Tensor, Tensor]] = {}  # with the originals, whose ids are not to be given away
     for module in model.modules():
         for name in ("_kept", "_kept_squares"):
             module.__dict__.pop(name, None)
+        for name, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_cpu:
+                if id(buffer) not in copies:
+                    copies[id(buffer)] = buffer, buffer.clone()
+                module._buffers[name] = copies[id(buffer)][1]
 
 
 def _check_dtypes(model: nn.Module) -> None:

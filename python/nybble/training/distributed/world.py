@@ -88,8 +88,11 @@ class World:
     def align(self, model: nn.Module) -> None:
         """Adapters get the first process's values: theirs are drawn, and may have been with other random numbers."""
 
-    def hold(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
-        """Take over the model; returns what this process has of the trained parameters, for the optimizer."""
+    def hold(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Take over the model; returns what this process has of the trained parameters, for the optimizer.
+
+        `parameters` may be emptied, so that it does not keep what is given up.
+        """
         return dict(parameters)
 
     def optimizer_options(self) -> Mapping[str, dict[str, Any]]:
