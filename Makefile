@@ -132,6 +132,7 @@ bench-fidelity: $(VENV)/.bench $(VENV)/.demo
 bench-training: $(VENV)/.bench $(VENV)/.demo
 	$(BIN)/python bench/finetune.py
 	$(BIN)/python bench/methods.py all $(BENCH_ARGS)
+	$(BIN)/python bench/distributed.py
 
 wheel: $(VENV)/.base
 	$(PIP) wheel -q --no-deps -c constraints.txt -w dist .

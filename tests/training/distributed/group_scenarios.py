@@ -113,7 +113,8 @@ def bf16(directory: Path, parallel: str) -> Any:
 
 
 def mixed(directory: Path, parallel: str) -> Any:
-    """Two adapters on data of their own, in one batch; a third that does not act."""
+    """Two adapters on data of their own, in one batch; a third that does not act. "auto" is DDP."""
+    parallel = {"ddp": "auto"}.get(parallel, parallel)
     model = lora()
     nybble.add_lora(model, LoRAConfig(r=3, alpha=6), name="second")
     nybble.add_lora(model, LoRAConfig(r=2, alpha=6), name="idle")
@@ -230,6 +231,22 @@ def poison(directory: Path, parallel: str) -> Any:
         )
 
 
+def mapped(directory: Path, parallel: str) -> list[str]:
+    """Files of weights that are still mapped after a run of a model that was loaded from one."""
+    path = directory / f"mapped-{parallel}"
+    if not rank():
+        plain = directory / f"plain-{parallel}"
+        llama().save_pretrained(plain)
+        nybble.quantize(plain, path, nybble.QuantConfig())
+    dist.barrier()
+    model = nybble.load(path)
+    nybble.add_lora(model, LoRAConfig(r=2, alpha=4))
+    result = trained(model, config=dataclasses.replace(CONFIG, parallel=parallel, steps=1))
+    assert result["same_bytes"]
+    maps = Path("/proc/self/maps")
+    return [line for line in maps.read_text().splitlines() if str(path) in line] if maps.exists() else []
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +298,7 @@ def refusals(directory: Path, parallel: str) -> dict[str, str]:
 
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
     f"{function.__name__}-{parallel}": partial(function, parallel=parallel)
-    for function in (nf4, full, bf16, mixed, classifier, methods, stopped, killed, revived, poison, refusals)
+    for function in (nf4, full, bf16, mixed, classifier, methods, stopped, killed, revived, poison, mapped, refusals)
     for parallel in ("none", "ddp", "fsdp")
 }
 SCENARIOS |= {

@@ -83,7 +83,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     died = run_group(2, directory, ["killed-fsdp"], killed=True)("killed-fsdp")
     kinds = ("nf4", "full", "bf16", "mixed", "classifier", "stopped")
     names = [f"{kind}-{parallel}" for kind in kinds for parallel in PARALLEL]
-    others = ("methods", "refusals", "revived", "poison")
+    others = ("methods", "refusals", "revived", "poison", "mapped")
     result = run_group(2, directory, [*names, *(f"{kind}-fsdp" for kind in others), "chain-fsdp-2"])
     return directory, result, died
 
@@ -204,6 +204,10 @@ def test_a_backward_pass_reads_what_was_gathered_again_and_not_what_was_given_ba
         for one in found:
             assert one["losses"] == pytest.approx(wanted["losses"][:3], rel=0, abs=FP32)
             assert one["same_bytes"]
+
+
+def test_a_sharded_model_lets_go_of_the_file_that_it_came_from(two: Any) -> None:
+    assert two[1]("mapped-fsdp") == [[], []]
 
 
 def test_what_cannot_be_is_refused_in_every_process(two: Any) -> None:
