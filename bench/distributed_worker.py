@@ -124,8 +124,8 @@ def expected(model: Any, size: int) -> dict[str, int]:
     units = sharded._units(model)
     inside = {id(p) for unit in units for p in unit.parameters()}
     outer = [p for p in model.parameters() if id(p) not in inside]
-    # A unit whose input needs no gradient, and that has nothing to train, has no backward: the embedding of LoRA.
-    twice = [2 if any(p.requires_grad for p in unit.parameters()) else 1 for unit in units]
+    # The gradient of an embedding needs no weight.
+    twice = [1 if isinstance(unit, torch.nn.Embedding) else 2 for unit in units]
     gathered = sum(n * sum(map(padded, unit.parameters())) for n, unit in zip(twice, units, strict=True))
     reduced = sum(padded(p) for p in model.parameters() if p.requires_grad)
     return {"gathered": gathered + sum(map(padded, outer)), "reduced": reduced}

@@ -39,7 +39,10 @@ def main() -> None:
         torch.save(kept, directory / f"{name}.{rank}.pt")
         if not rank:
             print(f"{name}: {time.perf_counter() - started:.1f} s", flush=True)
-        dist.barrier()
+        try:
+            dist.barrier()
+        except RuntimeError:  # another one has died, which was the scenario
+            os._exit(0)
     dist.destroy_process_group()
 
 

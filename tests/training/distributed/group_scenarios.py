@@ -25,6 +25,8 @@ from nybble.training.data import Labelled
 
 #: Documents of several lengths: rows have different numbers of targets, and some have several documents.
 DOCUMENTS = [" ".join(SENTENCES[(i + j) % 3] for j in range(1 + i % 3))[: 20 + 17 * (i % 5)] for i in range(90)]
+KILLED = 9
+"""Status with which a process ends that is killed here."""
 TEXTS = [{"text": SENTENCES[i % 3][: 9 + i % 7], "label": "abc"[i % 3]} for i in range(31)]
 CONFIG = TrainConfig(
     steps=5,
@@ -178,7 +180,7 @@ def killed(directory: Path, parallel: str) -> str:
 
     def on_step(step: int, loss: float) -> None:
         if step == 4 and rank() == dist.get_world_size() - 1:
-            os._exit(9)
+            os._exit(KILLED)
 
     return told(lambda: nf4(directory, parallel, f"killed-{parallel}", on_step))
 

@@ -72,6 +72,8 @@ class Sharded(Group):
                 # Each process's loss is divided by the targets of all of them, so gradients are summed, not averaged.
                 module.set_gradient_divide_factor(1.0)
                 module.set_force_sum_reduction_for_comms(True)
+            if isinstance(module, nn.Embedding) and hasattr(module, "set_unshard_in_backward"):
+                module.set_unshard_in_backward(False)  # its gradient needs the tokens alone
         self._trained: dict[str, Any] = {name: model.get_parameter(name) for name in names}
         with torch.no_grad():
             self._parts = {name: nn.Parameter(p.to_local()) for name, p in self._trained.items()}
