@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 SIZES = (1, 2, 4)
-#: What the losses are compared in: the same global batch, 4 rows of 256 words.
+#: What the losses are compared in: the same global batch, 4 rows of 128 words, 4 steps.
 LOSSES = {
-    f"{dtype} {parallel} {size}": (parallel, size, "lora", dtype, 4, 256, 6)
+    f"{dtype} {parallel} {size}": (parallel, size, "lora", dtype, 4, 128, 4)
     for dtype in ("fp32", "bf16")
     for parallel, sizes in (("none", (1,)), ("ddp", SIZES[1:]), ("fsdp", SIZES[1:]))
     for size in sizes

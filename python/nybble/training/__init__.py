@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .classifier import TextClassifier
     from .config import TrainConfig, learning_rate
+    from .distributed.world import PeerError
     from .evaluate import perplexity
     from .loop import NonFiniteLossError, finetune
     from .report import Evaluation, TrainReport
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Evaluation",
     "NonFiniteLossError",
+    "PeerError",
     "TextClassifier",
     "TrainConfig",
     "TrainReport",
@@ -31,6 +33,7 @@ __all__ = [
 _HOMES = {
     "classifier": ("TextClassifier",),
     "config": ("TrainConfig", "learning_rate"),
+    "distributed.world": ("PeerError",),
     "evaluate": ("perplexity",),
     "loop": ("NonFiniteLossError", "finetune"),
     "report": ("Evaluation", "TrainReport"),

@@ -183,7 +183,7 @@ def test_a_signal_to_one_stops_all_and_as_many_go_on_to_the_same_bits(scenario: 
 
 def test_a_process_that_dies_is_told_of_and_other_ones_go_on_with_the_run(two: Any, four: Any, alone: Any) -> None:
     (text,) = two[1]("killed-fsdp")
-    assert text.startswith("PeerError: process 0: another process of this run failed or ended")
+    assert text.startswith("PeerError: another process of this run failed or ended")
     assert all(found["resumed"] == 2 for found in four[1]("revived-fsdp"))
     assert_like(four[1]("revived-fsdp"), alone("nf4"), FP32)
 
@@ -225,6 +225,6 @@ def test_what_cannot_be_is_refused_in_every_process(two: Any) -> None:
         assert found["after"] == "nothing"
         assert found["dtypes"].startswith("ValueError: parallel='fsdp': trained parameters of one layer must have one")
     assert last["missing"].startswith("FileNotFoundError")
-    assert first["missing"].startswith("PeerError: process 1: FileNotFoundError")
+    assert first["missing"].startswith("PeerError: process 1 failed: FileNotFoundError")
     assert first["occupied"].startswith("DestinationExistsError")
-    assert last["occupied"].startswith("PeerError: process 0: DestinationExistsError")
+    assert last["occupied"].startswith("PeerError: process 0 failed: DestinationExistsError")

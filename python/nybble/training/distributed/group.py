@@ -45,7 +45,7 @@ class Group(World):
             raise error
         for rank, text in enumerate(told):
             if text is not None:
-                raise PeerError(f"process {rank}: {text}")
+                raise PeerError(f"process {rank} failed: {text}")
 
     def agree(self, facts: Mapping[str, str]) -> None:
         everywhere = self._all(dict(facts))
@@ -70,7 +70,7 @@ class Group(World):
         if error is not None:
             raise error
         if held[1] is not None:
-            raise PeerError(f"process 0: {held[1]}")
+            raise PeerError(f"process 0 failed: {held[1]}")
         return held[0]
 
     def any(self, flag: bool) -> bool:

@@ -36,7 +36,7 @@ def launched_rank() -> int:
 
 
 def local_device(device: str) -> str:
-    """ "cuda" as the one of this process, by torchrun's LOCAL_RANK; anything else as it is."""
+    """The device that "cuda" means for this process, by torchrun's LOCAL_RANK; anything else as it is."""
     rank = os.environ.get("LOCAL_RANK")
     return f"cuda:{rank}" if device == "cuda" and rank and launched() > 1 else device
 
@@ -90,6 +90,4 @@ def _peers_named() -> Iterator[None]:
     except RuntimeError as error:
         if not any(sign in str(error).lower() for sign in _LOST):
             raise
-        raise PeerError(
-            f"process {dist.get_rank()}: another process of this run failed or ended; its own message says why"
-        ) from error
+        raise PeerError("another process of this run failed or ended; its own message says why") from error

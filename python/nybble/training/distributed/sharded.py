@@ -64,16 +64,16 @@ class Sharded(Group):
         mesh = init_device_mesh(self.device.type, (self.size,))
         _let_go(model)
         self._calls = Calls(model)
-        for module in (*_units(model), self._calls):
+        units: list[Any] = _units(model)
+        for unit in (*units, self._calls):
             # What was whole is freed here, a layer at a time, if nobody else holds it.
-            fully_shard(module, mesh=mesh)
-        for module in self._calls.modules():
-            if hasattr(module, "set_gradient_divide_factor"):
-                # Each process's loss is divided by the targets of all of them, so gradients are summed, not averaged.
-                module.set_gradient_divide_factor(1.0)
-                module.set_force_sum_reduction_for_comms(True)
-            if isinstance(module, nn.Embedding) and hasattr(module, "set_unshard_in_backward"):
-                module.set_unshard_in_backward(False)  # its gradient needs the tokens alone
+            fully_shard(unit, mesh=mesh)
+        for unit in (*units, self._calls):
+            # Each process's loss is divided by the targets of all of them, so gradients are summed, not averaged.
+            unit.set_gradient_divide_factor(1.0)
+            unit.set_force_sum_reduction_for_comms(True)
+            if isinstance(unit, nn.Embedding) and hasattr(unit, "set_unshard_in_backward"):
+                unit.set_unshard_in_backward(False)  # its gradient needs the tokens alone
         self._trained: dict[str, Any] = {name: model.get_parameter(name) for name in names}
         with torch.no_grad():
             self._parts = {name: nn.Parameter(p.to_local()) for name, p in self._trained.items()}
@@ -240,14 +240,12 @@ def _let_go(model: nn.Module) -> None:
 
 def _check_dtypes(model: nn.Module) -> None:
     """Gradients that travel together must have one dtype."""
-    units = _units(model)
-    seen: set[int] = set()
-    for unit in (*units, model):
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for unit in (*_units(model), model):
         dtypes: dict[torch.dtype, str] = {}
-        for name, parameter in unit.named_parameters():
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                dtypes.setdefault(parameter.dtype, name)
+        for parameter in unit.parameters():
+            if parameter.requires_grad and id(parameter) in names:
+                dtypes.setdefault(parameter.dtype, names.pop(id(parameter)))
         if len(dtypes) > 1:
             (one, first), (other, second) = list(dtypes.items())[:2]
             raise ValueError(
