@@ -72,8 +72,9 @@ class Sharded(Group):
             # Each process's loss is divided by the targets of all of them, so gradients are summed, not averaged.
             unit.set_gradient_divide_factor(1.0)
             unit.set_force_sum_reduction_for_comms(True)
-            if isinstance(unit, nn.Embedding) and hasattr(unit, "set_unshard_in_backward"):
-                unit.set_unshard_in_backward(False)  # its gradient needs the tokens alone
+            again: Any = getattr(unit, "set_unshard_in_backward", None)
+            if isinstance(unit, nn.Embedding) and again is not None:
+                again(False)  # its gradient needs the tokens alone
         self._trained: dict[str, Any] = {name: model.get_parameter(name) for name in names}
         with torch.no_grad():
             self._parts = {name: nn.Parameter(p.to_local()) for name, p in self._trained.items()}
