@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .checkpoint.gguf import GGUFReport, export_gguf, import_gguf
     from .checkpoint.load import load
     from .formats import QuantConfig
+    from .generation import Generated, GenerationConfig, generate
     from .introspection import Explanation, active_isa, explain, isas
     from .nn import (
         BottleneckConfig,
@@ -58,6 +59,7 @@ _HOMES = {
     ),
     "checkpoint.gguf": ("GGUFReport", "export_gguf", "import_gguf"),
     "formats": ("QuantConfig",),
+    "generation": ("Generated", "GenerationConfig", "generate"),
     "introspection": ("Explanation", "active_isa", "explain", "isas"),
     "nn": (
         "BottleneckConfig",
@@ -90,6 +92,8 @@ __all__ = [
     "Comparison",
     "Explanation",
     "GGUFReport",
+    "Generated",
+    "GenerationConfig",
     "LoRAConfig",
     "LoRALinear",
     "LoRAReport",
@@ -115,6 +119,7 @@ __all__ = [
     "explain",
     "export_gguf",
     "finetune",
+    "generate",
     "import_gguf",
     "isas",
     "load",

@@ -16,12 +16,12 @@ from rich.table import Table
 from ..checkpoint import CheckpointReport, load, quantize
 from ..checkpoint.files import check_destination
 from ..formats import QuantConfig
+from ..generation import generate_text
 from ..nn import LoRAConfig, add_lora
 from ..training.config import TrainConfig
 from ..training.evaluate import perplexity
 from ..training.loop import TrainReport, finetune
 from ..training.metrics import format_memory, peak_memory_bytes
-from ..training.sample import generate_text
 from . import bible, smollm2
 
 PROMPT = "And it came to pass in those days, that"

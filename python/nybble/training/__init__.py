@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from .evaluate import perplexity
     from .loop import NonFiniteLossError, finetune
     from .report import Evaluation, TrainReport
-    from .sample import generate_text
 
 __all__ = [
     "Evaluation",
@@ -25,7 +24,6 @@ __all__ = [
     "TrainConfig",
     "TrainReport",
     "finetune",
-    "generate_text",
     "learning_rate",
     "perplexity",
 ]
@@ -37,7 +35,6 @@ _HOMES = {
     "evaluate": ("perplexity",),
     "loop": ("NonFiniteLossError", "finetune"),
     "report": ("Evaluation", "TrainReport"),
-    "sample": ("generate_text",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
