@@ -1,30 +1,135 @@
-"""`nybble generate`: text after a prompt."""
+"""`nybble generate`: text after prompts."""
 
 from __future__ import annotations
 
+import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 
 def command(
     model_dir: Annotated[Path, typer.Argument(help="Directory of the model: quantized by nybble, or a plain one.")],
-    prompt: Annotated[str, typer.Argument(help="What the model continues.")],
-    adapter: Annotated[Path | None, typer.Option(help="Adapter directory in PEFT's layout.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Argument(help="What the model continues; several run in one batch.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help='More prompts: a .jsonl file of {"prompt": ..., "adapter": NAME}.')
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(help="Adapter directory in PEFT's layout, or NAME=DIRECTORY. May be given several times."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to write.")] = 128,
     temperature: Annotated[float, typer.Option("--temperature", "-t", help="0: always the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this probability together.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="Only tokens this many times as likely as the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that occurred are less likely.")] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends an answer. May be given several times.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
+    stream: Annotated[
+        bool | None, typer.Option("--stream/--no-stream", help="Print text as it is written.  [default: one prompt]")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One line of JSON for each prompt.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
-    """Print the prompt and what the model writes after it; with --chat, its answer alone."""
-    from ..training.sample import generate_text
+    """Print each prompt and what the model writes after it; with --chat, its answer alone.
+
+    The adapter that is given last acts, or for a prompt of --prompts the one that it names (null: none).
+    """
+    from ..generation import GenerationConfig
+    from ..generation.loop import chat_ids, generate
+    from ..generation.loop import stream as pieces
+
+    config = GenerationConfig(
+        max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), seed
+    )
+    asked = [(text, ...) for text in prompt or ()] + (read_prompts(prompts) if prompts is not None else [])
+    if not asked:
+        raise ValueError("no prompt: give one, or a file of them with --prompts")
+    if stream and (as_json or len(asked) > 1):
+        raise ValueError("--stream is for one prompt and plain text")
+    model, tokenizer, last = load_with_adapters(model_dir, adapter or (), device)
+    texts: list[Any] = [chat_ids(tokenizer, [{"role": "user", "content": text}]) if chat else text for text, _ in asked]
+    names = [last if name is ... else name for _, name in asked]
+    if stream is not False and not as_json and len(asked) == 1:
+        source = pieces(model, tokenizer, texts, config, adapters=names)
+        show("" if chat else asked[0][0])
+        for piece in source:
+            show(piece.text)
+        show("\n")
+        return
+    for answer, (text, _) in zip(generate(model, tokenizer, texts, config, adapters=names), asked, strict=True):
+        if as_json:
+            row = {"prompt": text, "adapter": answer.adapter, "text": answer.text, "reason": answer.reason}
+            counts = {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
+            show(json.dumps({**row, **counts}, ensure_ascii=False) + "\n")
+        else:
+            show((answer.text if chat else text + answer.text) + "\n")
+
+
+def show(text: str) -> None:
+    """Print at once, without a new line; characters that the terminal does not know become '?'."""
+    try:
+        sys.stdout.write(text)
+    except UnicodeEncodeError:
+        encoding = sys.stdout.encoding
+        sys.stdout.write(text.encode(encoding, "replace").decode(encoding))
+    sys.stdout.flush()
+
+
+def load_with_adapters(directory: Path, adapters: Any, device: str) -> tuple[Any, Any, str | None]:
+    """(model, tokenizer, the name of the last adapter) with adapters given as DIRECTORY or NAME=DIRECTORY.
+
+    Raises:
+        ValueError: two of them have one name.
+    """
+    from ..checkpoint import load_adapter
+    from ..nn.adapters import DEFAULT
     from .shared import load_model
 
-    model, tokenizer = load_model(model_dir, adapter, device)
-    text = generate_text(model, tokenizer, prompt, max_new_tokens, temperature=temperature, seed=seed, chat=chat)
-    typer.echo(text if chat else prompt + text)
+    named: dict[str, Path] = {}
+    for given in adapters:
+        name, equals, path = given.partition("=")
+        if not equals or Path(given).is_dir():
+            name, path = DEFAULT, given
+        if name in named:
+            raise ValueError(f"--adapter: two have the name {name!r} ({named[name]}, {path}); give NAME=DIRECTORY")
+        named[name] = Path(path)
+    model, tokenizer = load_model(directory, None, device)
+    for name, path in named.items():
+        load_adapter(model, path, name)
+    return model.eval(), tokenizer, next(reversed(named), None)
+
+
+def read_prompts(path: Path) -> list[tuple[str, Any]]:
+    """(prompt, adapter) of each line; the adapter is ... where the line does not say.
+
+    Raises:
+        FileNotFoundError: no such file. ValueError: a line that is something else, by its number.
+    """
+    from ..training.data.read import read_records, shown
+
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    result: list[tuple[str, Any]] = []
+    for record in read_records(path):
+        value = record.value
+        if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
+            raise ValueError(f'{record.where}: expected an object with a string "prompt", got {shown(value)}')
+        name = value.get("adapter", ...)
+        if name is not ... and name is not None and not isinstance(name, str):
+            raise ValueError(f"{record.where}: adapter must be a name or null, got {shown(name)}")
+        result.append((value["prompt"], name))
+    if not result:
+        raise ValueError(f"{path}: no prompts in it")
+    return result
 
 
 def register(app: typer.Typer) -> None:

@@ -9,16 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .chat import Chat
     from .config import GenerationConfig
     from .loop import Generated, Piece, generate, generate_text, stream
 
 _HOMES = {
+    "chat": ("Chat",),
     "config": ("GenerationConfig",),
     "loop": ("Generated", "Piece", "generate", "generate_text", "stream"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = ["Generated", "GenerationConfig", "Piece", "generate", "generate_text", "stream"]
+__all__ = ["Chat", "Generated", "GenerationConfig", "Piece", "generate", "generate_text", "stream"]
 
 
 def __getattr__(name: str) -> Any:

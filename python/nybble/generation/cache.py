@@ -41,8 +41,7 @@ class SlotLayer(DynamicLayer):
         self.key_slots[:, :, place] = key_states
         self.value_slots[:, :, place] = value_states
         self.length += key_states.shape[2]
-        self._show()
-        return self.keys, self.values
+        return self._show()
 
     def reserve(self, count: int) -> None:
         """Room for `count` more; the buffer at least doubles when it must grow."""
@@ -67,7 +66,8 @@ class SlotLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         self.length -= abs(tokens_to_remove)
-        self._show()
+        if self.is_initialized:
+            self._show()
 
     def reset(self) -> None:
         self.length = 0
@@ -82,10 +82,11 @@ class SlotLayer(DynamicLayer):
     def _new(self, like: Tensor) -> Tensor:
         return like.new_zeros(like.shape[0], like.shape[1], self.front + self.capacity, like.shape[3])
 
-    def _show(self) -> None:
-        if self.key_slots is not None and self.value_slots is not None:
-            filled = slice(self.front, self.front + self.length)
-            self.keys, self.values = self.key_slots[:, :, filled], self.value_slots[:, :, filled]
+    def _show(self) -> tuple[Tensor, Tensor]:
+        assert self.key_slots is not None and self.value_slots is not None
+        filled = slice(self.front, self.front + self.length)
+        self.keys, self.values = self.key_slots[:, :, filled], self.value_slots[:, :, filled]
+        return self.keys, self.values
 
 
 def make_cache(config: Any, capacity: int, front: int = 0) -> DynamicCache:

@@ -141,15 +141,23 @@ class Batch:
         self.length += count
         return output.logits[:, -1].float()
 
+    def crop(self, length: int) -> None:
+        """Forget all but the first `length` tokens of the text. Only of one row, and a plain cache."""
+        from .cache import crop
+
+        crop(self.cache, length + max(self.prompts))
+        self.length = length
+
     # ---- rows --------------------------------------------------------------------------------------------------------
 
     def drop(self, numbers: Sequence[int]) -> None:
         """Takes the rows with these numbers out; what is left keeps its order. Not all of them."""
-        if max(self.prompts, default=0) and len(set(self.prompts)) > 1:
+        if self.traits.recurrent or len(set(self.prompts)) > 1:
             return  # the cache has as many slots as the longest prompt, which must stay in the batch
         kept = [i for i, number in enumerate(self.rows) if number not in numbers]
         indices = torch.tensor(kept, device=self.traits.device)
-        for layer in self.cache.layers:
+        layers: list[Any] = self.cache.layers
+        for layer in layers:
             layer.batch_select_indices(indices)
         for name in ("rows", "adapters", "pads", "prefixes", "prompts"):
             setattr(self, name, [getattr(self, name)[i] for i in kept])

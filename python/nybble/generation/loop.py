@@ -16,8 +16,6 @@ from .decoder import Batch, ModelTraits, set_which
 from .sampling import choose
 from .text import TextStream
 
-REASONS = ("eos", "stop", "length", "context")
-
 
 @dataclass
 class Generated:
@@ -27,7 +25,7 @@ class Generated:
         prompt: its number. text: without the prompt, special tokens and a stop string. tokens: all that were chosen.
         prompt_tokens: tokens of the prompt. adapter: that acted, or None.
         reason: why it ended: "eos" (a token that ends it, which `tokens` has), "stop" (a stop string), "length"
-            (max_new_tokens), "context" (the model's context is full).
+            (max_new_tokens), "context" (the model's context is full); of a Chat also "closed".
     """
 
     prompt: int
@@ -53,7 +51,7 @@ def generate(
     prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
     config: GenerationConfig | None = None,
     *,
-    adapters: str | None | Sequence[str | None] | Any = ...,
+    adapters: Any = ...,
     on_text: Callable[[int, str], None] | None = None,
     **options: Any,
 ) -> list[Generated]:
@@ -93,7 +91,7 @@ def stream(
     prompts: str | Sequence[int] | Sequence[str | Sequence[int]],
     config: GenerationConfig | None = None,
     *,
-    adapters: str | None | Sequence[str | None] | Any = ...,
+    adapters: Any = ...,
     **options: Any,
 ) -> Iterator[Piece]:
     """`generate`, piece by piece: what can be shown, as soon as it is known.
@@ -265,10 +263,9 @@ def _token_ids(tokenizer: Any, prompts: Any) -> list[list[int]]:
 
 
 def _adapters(model: nn.Module, adapters: Any, count: int) -> list[str | None]:
+    which = adapters
     if adapters is ...:
         which = share_selection(model).which if adapted_modules(model) else None
-    else:
-        which = adapters
     if which is None or isinstance(which, str):
         names: list[str | None] = [which] * count
     else:
