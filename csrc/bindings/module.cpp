@@ -363,6 +363,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("out"), py::arg("dtype"), py::arg("threads"));
 
   define_training(m);
+  define_decoding(m);
 
   py::class_<WeightHandle>(m, "Weight", "Addresses of a quantized weight; whoever holds it keeps the tensors alive.")
       .def_static("four_bit", &WeightHandle::four_bit, py::arg("packed"), py::arg("absmax"), py::arg("nested_absmax"),

@@ -45,6 +45,7 @@ void run(Status (*KernelTable::*entry)(const Args&), const Args& args) {
 }
 
 // The files' own parts of the module.
+void define_decoding(py::module_& m);
 void define_training(py::module_& m);
 
 }  // namespace nybble::bindings

@@ -210,6 +210,41 @@ Status check(const RotaryArgs& args) {
                 in_range(args.threads, 1, 4096, "threads")});
 }
 
+Status check(const DenseArgs& args) {
+  const Status sizes = first({in_range(args.m, 0, kMostDenseRows, "m"), matrix_ok(args.rows, args.cols)});
+  if (!sizes.ok()) return sizes;
+  const int64_t products = args.m * args.rows > 0 ? args.cols : 0;
+  return first({rows_ok(args.x, products, "x"), valid_dtype(args.dtype, "dtype"),
+                non_null(args.weight, products, "weight"), valid_dtype(args.weight_dtype, "weight.dtype"),
+                valid_dtype(args.bias_dtype, "bias.dtype"), non_null(args.out, args.m * args.rows, "out"),
+                valid_dtype(args.out_dtype, "out.dtype"), in_range(args.threads, 1, 4096, "threads")});
+}
+
+Status check(const AttentionStepArgs& args) {
+  const Status sizes = first({in_range(args.batch, 0, INT32_MAX, "batch"), in_range(args.heads, 0, INT32_MAX, "heads"),
+                              in_range(args.group, 1, INT32_MAX, "group"), in_range(args.depth, 0, INT32_MAX, "depth"),
+                              in_range(args.slot, 0, kMaxElements, "slot")});
+  if (!sizes.ok()) return sizes;
+  if (args.heads % args.group != 0) return bad_argument("group", args.group);
+  if (args.cos != nullptr && args.depth % 2 != 0) return bad_argument("depth", args.depth);
+  const int64_t count = args.batch > 0 && args.heads > 0 && args.depth > 0 ? 1 : 0;
+  const Status pointers = first({non_null(args.query, count, "query"), non_null(args.key, count, "key"),
+                                 non_null(args.value, count, "value"), valid_dtype(args.dtype, "dtype"),
+                                 args.cos != nullptr ? non_null(args.sin, count, "sin") : success(),
+                                 valid_dtype(args.table_dtype, "table.dtype"), non_null(args.keys, count, "keys"),
+                                 non_null(args.values, count, "values"), non_null(args.first, count, "first"),
+                                 non_null(args.out, count, "out"), in_range(args.threads, 1, 4096, "threads")});
+  if (!pointers.ok()) return pointers;
+  for (const int64_t stride :
+       {args.query_stride, args.key_stride, args.value_stride, args.batch_stride, args.head_stride}) {
+    if (stride < 0 || stride > kMaxElements) return bad_argument("stride", stride);
+  }
+  for (int64_t row = 0; row < args.batch * count; ++row) {
+    if (args.first[row] < 0 || args.first[row] > args.slot) return bad_argument("first", args.first[row]);
+  }
+  return success();
+}
+
 Status check(const LinearArgs& args) {
   const Weight& weight = args.weight;
   const int64_t rows = weight.rows;

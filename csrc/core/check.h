@@ -20,6 +20,8 @@ Status check(const RmsNormBackwardArgs& args);
 Status check(const GatedArgs& args);
 Status check(const GatedBackwardArgs& args);
 Status check(const RotaryArgs& args);
+Status check(const DenseArgs& args);
+Status check(const AttentionStepArgs& args);
 Status check(const LinearArgs& args);
 Status check(const FactorArgs& args);
 Status check(const FactorGradArgs& args);

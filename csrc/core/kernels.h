@@ -361,6 +361,56 @@ struct RotaryArgs {
   int threads = 1;
 };
 
+// ---- one token after another
+// -----------------------------------------------------------------------------------------
+
+constexpr int64_t kMostDenseRows = 8;
+
+// out[m, rows] = x[m, cols] . weight^T + bias of a dense matrix, for at most kMostDenseRows rows of x; fp32, rounded
+// once.
+struct DenseArgs {
+  ElementRows x;
+  DType dtype = DType::f32;  // of x
+  int64_t m = 0;
+  const void* weight = nullptr;  // [rows, cols], contiguous
+  DType weight_dtype = DType::f32;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  const void* bias = nullptr;  // [rows]; null: none
+  DType bias_dtype = DType::f32;
+  void* out = nullptr;  // [m, rows]
+  DType out_dtype = DType::f32;
+  int threads = 1;
+};
+
+// Attention of one new token of each row over the slots of a cache. The new key, rotated as in RotaryArgs, and the new
+// value are written to `slot`; then out = softmax(scale q . k) v over the slots from a row's `first` to `slot`.
+struct AttentionStepArgs {
+  const void* query = nullptr;  // [batch, heads, depth], heads beside each other; strides of batches in elements
+  const void* key = nullptr;    // [batch, heads / group, depth]
+  const void* value = nullptr;
+  int64_t query_stride = 0;
+  int64_t key_stride = 0;
+  int64_t value_stride = 0;
+  DType dtype = DType::f32;   // of these, of the slots and of out
+  const void* cos = nullptr;  // [batch, depth], contiguous; null: no rotation
+  const void* sin = nullptr;
+  DType table_dtype = DType::f32;
+  void* keys = nullptr;  // [batch, heads / group, slots, depth]; slots are contiguous, other strides in elements
+  void* values = nullptr;
+  int64_t batch_stride = 0;
+  int64_t head_stride = 0;
+  const int64_t* first = nullptr;  // [batch]
+  int64_t slot = 0;
+  int64_t batch = 0;
+  int64_t heads = 0;
+  int64_t group = 1;  // heads that share a key and a value
+  int64_t depth = 0;  // even where there is a rotation
+  float scale = 1.0F;
+  void* out = nullptr;  // [batch, heads, depth]
+  int threads = 1;
+};
+
 struct KernelTable {
   const char* isa;
   bool bf16_dot;  // bf16 activations are multiplied as bf16 pairs with fp32 accumulation
@@ -382,6 +432,8 @@ struct KernelTable {
   Status (*gated)(const GatedArgs&);
   Status (*gated_backward)(const GatedBackwardArgs&);
   Status (*rotary)(const RotaryArgs&);
+  Status (*dense_few)(const DenseArgs&);
+  Status (*attention_step)(const AttentionStepArgs&);
   Status (*factor_apply)(const FactorArgs&);         // null without bf16_dot
   Status (*factor_gradient)(const FactorGradArgs&);  // likewise
   Status (*linear_small_m)(const LinearArgs&);

@@ -12,6 +12,8 @@
 #include "cpu/elementwise.inl"
 #include "cpu/linear_int8.inl"
 #include "cpu/linear_small_m.inl"
+#include "cpu/dense_few.inl"
+#include "cpu/attention_step.inl"
 #ifdef NYBBLE_AMX
 #include "cpu/linear_tiles.inl"
 #include "cpu/linear_tiles_few.inl"
@@ -28,10 +30,33 @@ constexpr bool kBf16Dot = false;
 
 extern const KernelTable kTable;
 const KernelTable kTable = {
-    NYBBLE_ISA_NAME,  kBf16Dot,          quantize_4bit,   dequantize_4bit,   quantize_8bit,
-    dequantize_8bit,  quantize_int8,     dequantize_int8, round_feedback,    round_descent,
-    adamw_32bit,      adamw_8bit,        sum_of_squares,  attention_forward, attention_scores_grad,
-    rms_norm,         rms_norm_backward, gated,           gated_backward,    rotary,
-    factor_apply,     factor_gradient,   linear_small_m,  linear_panel,      linear_tiles,
-    linear_tiles_few, linear_int8,
+    NYBBLE_ISA_NAME,
+    kBf16Dot,
+    quantize_4bit,
+    dequantize_4bit,
+    quantize_8bit,
+    dequantize_8bit,
+    quantize_int8,
+    dequantize_int8,
+    round_feedback,
+    round_descent,
+    adamw_32bit,
+    adamw_8bit,
+    sum_of_squares,
+    attention_forward,
+    attention_scores_grad,
+    rms_norm,
+    rms_norm_backward,
+    gated,
+    gated_backward,
+    rotary,
+    dense_few,
+    attention_step,
+    factor_apply,
+    factor_gradient,
+    linear_small_m,
+    linear_panel,
+    linear_tiles,
+    linear_tiles_few,
+    linear_int8,
 };

@@ -258,6 +258,36 @@ def rotary(
     out_strides: Sequence[int],
     threads: int,
 ) -> None: ...
+
+MOST_DENSE_ROWS: int
+
+def dense_few(
+    x: int,
+    x_stride: int,
+    dtype: int,
+    m: int,
+    weight: int,
+    weight_dtype: int,
+    rows: int,
+    cols: int,
+    bias: int,
+    bias_dtype: int,
+    out: int,
+    out_dtype: int,
+    threads: int,
+) -> None: ...
+def attention_step(
+    inputs: Sequence[int],
+    dtype: int,
+    table: Sequence[int],
+    cache: Sequence[int],
+    first: int,
+    slot: int,
+    sizes: Sequence[int],
+    scale: float,
+    out: int,
+    threads: int,
+) -> None: ...
 def linear(
     weight: Weight,
     grad_input: bool,

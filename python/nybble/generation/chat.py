@@ -94,7 +94,6 @@ class Chat:
 
     def _answer(self, turns: list[dict[str, str]], ids: list[int], limit: int) -> Iterator[str]:
         number = sum(turn["role"] == "assistant" for turn in turns)  # each turn has random numbers of its own
-        config = replace(self.config, seed=self.config.seed)
         answer = Answer(number, ids, self.adapter, limit, self.tokenizer, self.config, self._traits)
         batch, self._batch = self._prepared(ids, limit), None  # a forward pass that fails leaves half of it written
         try:
@@ -124,7 +123,9 @@ class Chat:
         whole = common == len(known)
         if batch is None or self._traits.recurrent or not (whole or self._traits.plain):
             self._known = []
-            return Batch(self._traits, [self.adapter], len(ids) + limit)
+            build = self._traits.build() if self.config.kernels else None
+            return Batch(self._traits, [self.adapter], len(ids) + limit, build)
+        batch.capacity = max(batch.capacity, len(ids) + limit)
         if not whole:
             batch.crop(common)
             self._known = known[:common]

@@ -27,6 +27,8 @@ class GenerationConfig:
             place in the answer alone, so that an answer does not depend on what else is in the batch.
         eos: ids of the tokens that end an answer; None: those of the model's generation_config and the tokenizer's.
         prefill_tokens: prompts are read in pieces of at most so many tokens (all rows together), for memory.
+        kernels: steps of one token go through nybble's own kernels where the model's build is known; else, or False,
+            through the model's forward.
     """
 
     max_new_tokens: int = 128
@@ -39,6 +41,7 @@ class GenerationConfig:
     seed: int = 0
     eos: Sequence[int] | None = None
     prefill_tokens: int = 2048
+    kernels: bool = True
 
     def __post_init__(self) -> None:
         for name, least in (("max_new_tokens", 1), ("top_k", 0), ("prefill_tokens", 1)):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..nn.adapters import Which, adapted_modules, set_adapter, share_selection
 from ..nn.virtual import VirtualTokens, virtual_tokens
+from .lean_step import Build, LeanStep, build_of, enter
 
 
 class ModelTraits:
@@ -50,6 +51,10 @@ class ModelTraits:
         trial = make_cache(config, 1)
         self.recurrent, self.plain = is_recurrent(trial), is_plain(trial)
 
+    def build(self) -> Build | None:
+        """How steps of one token can go through nybble's kernels, if the model's build is known."""
+        return build_of(self.model) if self.plain else None
+
     def pads(self, adapters: Sequence[str | None]) -> bool:
         """Whether rows of different lengths can be in one batch. A recurrent state does not know of padding, and a
         window of attention counts what lies between a prompt (of virtual tokens) and the text."""
@@ -81,8 +86,13 @@ class Batch:
         adapters: of these rows. cache: what they have been read into. length: tokens of the longest row.
     """
 
-    def __init__(self, traits: ModelTraits, adapters: Sequence[str | None], capacity: int) -> None:
-        """An empty batch: a row for each of `adapters`. capacity: tokens of a row that memory is made for at once."""
+    def __init__(
+        self, traits: ModelTraits, adapters: Sequence[str | None], capacity: int, build: Build | None = None
+    ) -> None:
+        """An empty batch: a row for each of `adapters`.
+
+        capacity: most tokens of a row. build: of the model, if steps are to go through nybble's kernels.
+        """
         from .cache import make_cache
 
         self.traits = traits
@@ -94,7 +104,11 @@ class Batch:
         self.cache = make_cache(traits.model.config, capacity + max(self.prompts), max(self.prefixes))
         self.length = 0
         self.pads = [0] * len(self.adapters)
+        self.capacity = capacity
         self._mask: Tensor | None = None  # bool [B, capacity], None without padding
+        self._build = build if self.traits.plain else None
+        self._lean: LeanStep | None = None
+        self._entered = False  # what stands before the texts has been moved
 
     # ---- reading -----------------------------------------------------------------------------------------------------
 
@@ -104,6 +118,7 @@ class Batch:
         at_once: most tokens of all rows together in a forward pass; a recurrent model reads all at once.
         """
         longest = max(map(len, texts))
+        self._leave()
         if self.length == 0:
             self.pads = [longest - len(text) for text in texts]
             if any(self.pads):
@@ -120,8 +135,33 @@ class Batch:
         return logits
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Logits after one more token of each row, fp32 [B, vocabulary]."""
+        """Logits after one more token of each row, fp32 [B, vocabulary]; the next call may overwrite them."""
+        if self._build is not None:
+            return self._lean_step(tokens)
         return self._forward(torch.tensor([[token] for token in tokens], device=self.traits.device))
+
+    def _lean_step(self, tokens: Sequence[int]) -> Tensor:
+        assert self._build is not None
+        if self._lean is None:
+            for layer in self._layers():
+                layer.reserve(self.capacity - self.length)
+            if not self._entered:
+                enter(self)
+                self._entered = True
+            self._lean = LeanStep(self._build, self)
+        logits = self._lean(tokens)
+        self.length += 1
+        return logits
+
+    def _layers(self) -> list[Any]:
+        return self.cache.layers
+
+    def _leave(self) -> None:
+        """The model's own forward goes on with what the steps have written."""
+        if self._lean is not None:
+            for layer in self._layers():
+                layer.filled(self.length + max(self.prompts))
+            self._lean = None
 
     def _forward(self, ids: Tensor) -> Tensor:
         traits, count = self.traits, ids.shape[1]
@@ -145,6 +185,7 @@ class Batch:
         """Forget all but the first `length` tokens of the text. Only of one row, and a plain cache."""
         from .cache import crop
 
+        self._leave()
         crop(self.cache, length + max(self.prompts))
         self.length = length
 
@@ -156,8 +197,8 @@ class Batch:
             return  # the cache has as many slots as the longest prompt, which must stay in the batch
         kept = [i for i, number in enumerate(self.rows) if number not in numbers]
         indices = torch.tensor(kept, device=self.traits.device)
-        layers: list[Any] = self.cache.layers
-        for layer in layers:
+        self._leave()
+        for layer in self._layers():
             layer.batch_select_indices(indices)
         for name in ("rows", "adapters", "pads", "prefixes", "prompts"):
             setattr(self, name, [getattr(self, name)[i] for i in kept])

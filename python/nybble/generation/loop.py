@@ -123,7 +123,8 @@ def _stream(
     for group in [[i] for i in range(len(texts))] if apart else [list(range(len(texts)))]:
         with acting(traits.model, [names[i] for i in group]) as pause:
             capacity = max(len(texts[i]) + limits[i] for i in group)
-            batch = Batch(traits, [names[i] for i in group], capacity)
+            build = traits.build() if config.kernels else None
+            batch = Batch(traits, [names[i] for i in group], capacity, build)
             answers = [Answer(i, texts[i], names[i], limits[i], tokenizer, config, traits) for i in group]
             logits = batch.read([texts[i] for i in group], config.prefill_tokens)
             for piece in continued(batch, answers, logits):
