@@ -77,3 +77,42 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None, diagonal: int | Non
 
 def _of_all_heads(x: Tensor, query: Tensor) -> Tensor:
     return x.repeat_interleave(query.shape[1] // x.shape[1], 1)
+
+
+def step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    table: tuple[Tensor, Tensor] | None,
+    keys: Tensor,
+    values: Tensor,
+    first: Tensor,
+    slot: int,
+    scale: float,
+) -> Tensor:
+    """Attention of one new token of each row over the slots of a cache, in which its key and value take `slot`.
+
+    Args:
+        query: [B, H, D]. key, value: [B, H / group, D].
+        table: cos and sin [B, D] of the rotary embedding (see `nybble.nn.fused.rotary`); None: no rotation.
+        keys, values: [B, H / group, slots, D]; the rotated key and the value are written there, rounded to their dtype.
+        first: int64 [B], the first slot that each row sees; it sees all up to `slot`.
+
+    Returns:
+        fp32 [B, H, D].
+    """
+
+    def rotated(x: Tensor) -> Tensor:
+        if table is None:
+            return x.float()
+        cos, sin = (t.float()[:, None] for t in table)
+        one, two = x.float().chunk(2, -1)
+        return x.float() * cos + torch.cat([-two, one], -1) * sin
+
+    keys[:, :, slot], values[:, :, slot] = rotated(key).to(keys.dtype), value.to(values.dtype)
+    group = query.shape[1] // key.shape[1]
+    own_keys, own_values = (x[:, :, : slot + 1].float().repeat_interleave(group, 1) for x in (keys, values))
+    scores = (own_keys @ rotated(query)[..., None])[..., 0] * scale
+    hidden = torch.arange(slot + 1, device=first.device) < first[:, None]
+    p = scores.masked_fill(hidden[:, None], -math.inf).softmax(-1)
+    return (p[..., None, :] @ own_values)[..., 0, :]

@@ -83,7 +83,8 @@ def _looks_known(model: Any) -> bool:
     layers: Any = decoder.layers
     if not isinstance(layers, nn.ModuleList) or not len(layers) or len(layers) != model.config.num_hidden_layers:
         return False
-    if not (_plain(model) and "forward" not in decoder.__dict__ and _plain(decoder.rotary_emb)):
+    rotary: Any = decoder.rotary_emb
+    if not (_plain(model) and "forward" not in decoder.__dict__ and _plain(rotary)):
         return False
     dtype = getattr(decoder.norm, "weight", torch.empty(0, dtype=torch.int8)).dtype
     tensors = itertools.chain(model.parameters(), model.buffers())
