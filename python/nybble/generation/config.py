@@ -51,10 +51,10 @@ class GenerationConfig:
         if type(self.seed) is not int:
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         bounds = (
-            ("temperature", 0.0, math.inf, "finite and at least 0"),
+            ("temperature", 0.0, math.inf, "at least 0 and finite"),
             ("top_p", 0.0, 1.0, "above 0 and at most 1"),
             ("min_p", 0.0, 1.0, "from 0 to 1"),
-            ("repetition_penalty", 0.0, math.inf, "finite and above 0"),
+            ("repetition_penalty", 0.0, math.inf, "above 0 and finite"),
         )
         for name, low, high, allowed in bounds:
             value = getattr(self, name)
