@@ -331,17 +331,23 @@ class LeanStep:
         if _plain(module):
             if type(module) is QuantLinear:
                 return self._quantized(module, x, calls)
-            if type(module) is LoRALinear and type(module.base) is QuantLinear and _plain(module.base):
+            if type(module) is LoRALinear and _plain(module.base):
                 out = self._low_rank(module, x, calls)
                 if out is not None:
                     return out
-            if type(module) is nn.Linear and module.weight.dtype == x.dtype and self.count <= decoding.MOST_ROWS:
+            if self._is_dense(module, x):
                 out = self._empty(self.count, module.weight.shape[0], dtype=dtype)
-                weight, bias = module.weight.detach().contiguous(), module.bias
-                self._keep += [weight, bias]
-                calls.append(decoding.dense(x, weight, bias, out))
+                self._dense(x, module.weight, module.bias, out, calls)
                 return out
         return self._called(module, x, calls, dtype)
+
+    def _is_dense(self, module: Any, x: Tensor) -> bool:
+        return type(module) is nn.Linear and module.weight.dtype == x.dtype and self.count <= decoding.MOST_ROWS
+
+    def _dense(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, calls: list[Call]) -> None:
+        weight = weight.detach().contiguous()
+        self._keep += [weight, bias]
+        calls.append(decoding.dense(x, weight, bias, out))
 
     def _called(self, module: Any, x: Tensor, calls: list[Call], dtype: torch.dtype | None) -> Tensor:
         """The module's own forward, for a text of one token."""
@@ -373,12 +379,15 @@ class LeanStep:
     def _low_rank(self, layer: LoRALinear, x: Tensor, calls: list[Call]) -> Tensor | None:
         """LoRA's update in the pass of its base, that of several adapters masked to their rows; None: not that kind."""
         base: Any = layer.base
+        quantized = type(base) is QuantLinear
+        if self.count > decoding.MOST_ROWS or not (quantized or self._is_dense(base, x)):
+            return None
         names = [self.batch.adapters[i] for i in range(self.count)]
         own: list[Any] = [layer.adapters[n] if n is not None and n in layer.adapters else None for n in names]
         acting = list({id(a): a for a in own if a is not None}.values())
         if not acting:
-            return self._quantized(base, x, calls)
-        if self.count > decoding.MOST_ROWS or not all(type(a) is LoRA and not a.dora for a in acting):
+            return self._linear(base, x, calls)
+        if not all(type(a) is LoRA and not a.dora for a in acting):
             return None
         a = torch.cat([adapter.lora_A.detach() for adapter in acting]).contiguous()
         b = torch.cat([adapter.lora_B.detach() for adapter in acting], 1).contiguous()
@@ -387,9 +396,16 @@ class LeanStep:
         mask = torch.tensor(scales).repeat_interleave(torch.tensor(ranks), 1)
         side = self._empty(self.count, a.shape[0], dtype=torch.float32)
         self._keep += [a, b, mask]
-        calls.append(decoding.dense(x, a, None, side))
+        self._dense(x, a, None, side, calls)
         calls.append(partial(side.mul_, mask))
-        return self._quantized(base, x, calls, side, b)
+        if quantized:
+            return self._quantized(base, x, calls, side, b)
+        out, update = (self._empty(self.count, layer.out_features, dtype=torch.float32) for _ in range(2))
+        self._dense(x, base.weight, base.bias, out, calls)
+        self._dense(side, b, None, update, calls)
+        rounded = self._empty(self.count, layer.out_features)
+        calls.append(partial(torch.add, out, update, out=rounded))
+        return rounded
 
 
 def enter(batch: Any) -> None:
