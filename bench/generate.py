@@ -102,6 +102,9 @@ def main() -> None:
             for number in range(args.rounds + 1):  # the first is not timed
                 for worker in workers.values():
                     worker.turn(case, args.new if number else 8, timed=number > 0)
+                if number:
+                    rates = ", ".join(f"{name} {w.turns[case][-1]['rate']:.1f}" for name, w in workers.items())
+                    console.print(f"{case}, round {number}: {rates} tokens/s", markup=False, highlight=False)
         for worker in workers.values():
             worker.close()
         for case in args.cases:
