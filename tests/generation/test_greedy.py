@@ -113,13 +113,14 @@ def test_a_mix_of_adapters_in_one_batch_is_each_alone(kinds: list[str]) -> None:
     assert share_selection(model).which == "a0"
 
 
-def test_rows_that_have_ended_leave_and_the_others_go_on() -> None:
+@pytest.mark.parametrize("kernels", [True, False])
+def test_rows_that_have_ended_leave_and_the_others_go_on(kernels: bool) -> None:
     model = llama()
     wanted = expected(model)
     ends = wanted[2][3]  # some row's fourth token ends an answer now
     cut = [row[: row.index(ends) + 1] if ends in row else row for row in wanted]
     assert len({len(row) for row in cut}) > 1
-    answers = nybble.generate(model, ByteTokenizer(), PROMPTS, max_new_tokens=COUNT, eos=[ends])
+    answers = nybble.generate(model, ByteTokenizer(), PROMPTS, max_new_tokens=COUNT, eos=[ends], kernels=kernels)
     assert [a.tokens for a in answers] == cut
     assert [a.reason for a in answers] == ["eos" if row[-1] == ends else "length" for row in cut]
 

@@ -63,6 +63,12 @@ def test_a_large_vocabulary_is_sorted_in_parts_with_the_same_result() -> None:
         assert set(tokens.tolist()) == plain(logits.tolist(), config).keys()
 
 
+def test_top_p_that_is_reached_exactly_takes_no_more() -> None:
+    for count, top_p, kept in ((2, 0.5, [0]), (4, 0.5, [0, 1]), (4, 0.75, [0, 1, 2])):
+        tokens, _ = candidates(torch.zeros(count), GenerationConfig(temperature=1.0, top_p=top_p))
+        assert tokens.tolist() == kept
+
+
 def test_tokens_come_as_often_as_they_should() -> None:
     """10,000 draws; a count is within 5 standard deviations of its mean but for one time in two million."""
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
