@@ -81,6 +81,7 @@ int main(int count, char** arguments) {
   test::test_attention(run);
   test::test_elementwise(run);
   test::test_linear(run);
+  test::test_decoding(run);
   std::printf("kernel_tests, seed %llu: problems checked under each ISA: %s\n",
               static_cast<unsigned long long>(run.seed), run.report.summary().c_str());
   if (run.report.failures() > 0) {

@@ -133,5 +133,6 @@ void test_optimizer(Run& run);
 void test_attention(Run& run);
 void test_elementwise(Run& run);
 void test_linear(Run& run);
+void test_decoding(Run& run);
 
 }  // namespace nybble::test

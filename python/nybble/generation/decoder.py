@@ -52,8 +52,10 @@ class ModelTraits:
         self.recurrent, self.plain = is_recurrent(trial), is_plain(trial)
 
     def build(self) -> Build | None:
-        """How steps of one token can go through nybble's kernels, if the model's build is known."""
-        return build_of(self.model) if self.plain else None
+        """How steps of one token can go through nybble's kernels, if the model's build is known, and no autocast or
+        dispatch mode wants to see operators."""
+        watched = torch.is_autocast_enabled("cpu") or torch._C._len_torch_dispatch_stack() > 0
+        return build_of(self.model) if self.plain and not watched else None
 
     def pads(self, adapters: Sequence[str | None]) -> bool:
         """Whether rows of different lengths can be in one batch. A recurrent state does not know of padding, and a

@@ -123,6 +123,7 @@ def _is_layer(layer: nn.Module, dtype: torch.dtype) -> bool:
 def _is_norm(module: Any, dtype: torch.dtype) -> bool:
     weight = module._parameters.get("weight")
     one = len(module._parameters) == 1 and not module._modules and weight is not None and weight.dim() == 1
+    one = one and weight.is_contiguous()
     return one and weight.dtype == dtype and _eps(module) is not None and _plain(module)
 
 
