@@ -57,9 +57,9 @@ def prepare(directory: Path) -> None:
 class Worker:
     """One tool in its own process."""
 
-    def __init__(self, name: str, directory: Path) -> None:
+    def __init__(self, name: str, directory: Path, args: argparse.Namespace) -> None:
         tool, base = WAYS[name]
-        job = Job(tool, base, str(directory), ADAPTERS)
+        job = Job(tool, base, str(directory), ADAPTERS, args.threads, args.cpu_time)
         command = [sys.executable, str(Path(__file__).with_name("generate_worker.py")), json.dumps(asdict(job))]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.turns: dict[str, list[dict[str, Any]]] = {}
@@ -90,14 +90,20 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(WAYS), choices=list(WAYS))
     parser.add_argument("--cases", nargs="*", default=list(CASES), choices=list(CASES))
     parser.add_argument("--keep", type=Path, help="directory for the model; kept and used again")
+    parser.add_argument("--threads", type=int, default=0, help="of each tool; by default torch's")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="CPU seconds, where the machine is not idle; with --threads 1"
+    )
     parser.add_argument("--smollm2", action="store_true", help="also let SmolLM2 answer a question")
     args = parser.parse_args()
+    if args.cpu_time and args.threads != 1:
+        parser.error("--cpu-time adds up the seconds of all threads: give --threads 1 too")
     console = Console(width=140)
     console.print(machine_line(), highlight=False)
     with tempfile.TemporaryDirectory() as temporary:
         directory = args.keep or Path(temporary)
         prepare(directory)
-        workers = {name: Worker(name, directory) for name in args.only}
+        workers = {name: Worker(name, directory, args) for name in args.only}
         for case in args.cases:  # those with adapters last: PEFT's layers stay in the model
             for number in range(args.rounds + 1):  # the first is not timed
                 for worker in workers.values():
@@ -116,6 +122,7 @@ def main() -> None:
 def table(case: str, workers: dict[str, Worker], args: argparse.Namespace) -> Table:
     length, rows, adapters = CASES[case]
     title = f"{rows} prompt{'s' if rows > 1 else ''} of {length} tokens, {args.new} new ones"
+    title += ", by CPU time of one thread" if args.cpu_time else ""
     result = Table(title=title + (f", {ADAPTERS} adapters" if adapters else ""), title_justify="left")
     for heading in ("", "tokens/s", "lowest", "highest", "x peer", "first token, ms", "peak memory above imports, MB"):
         result.add_column(heading, justify="right" if heading else "left")

@@ -27,10 +27,18 @@ class Job:
     base: str
     directory: str
     adapters: int
+    threads: int = 0
+    """0: as many as torch takes."""
+    cpu_time: bool = False
+    """Count the process's CPU seconds instead of the wall's, which other processes do not disturb as much."""
+
+
+def clock(job: Job) -> float:
+    return time.process_time() if job.cpu_time else time.perf_counter()
 
 
 Turn = Callable[[list[list[int]], list[str] | None, int], list[float]]
-"""(prompts, an adapter for each row, new tokens) -> when each token was there, time.perf_counter()."""
+"""(prompts, an adapter for each row, new tokens) -> when each token was there, by `clock`."""
 
 
 def nybble(job: Job) -> Callable[[], Turn]:
@@ -60,7 +68,7 @@ def nybble(job: Job) -> Callable[[], Turn]:
 
             def shown(prompt: int, text: str) -> None:
                 if prompt == 0:
-                    times.append(time.perf_counter())
+                    times.append(clock(job))
 
             nybble.generate(model, NoText(), prompts, max_new_tokens=new, eos=(), adapters=adapters, on_text=shown)
             return times
@@ -83,7 +91,7 @@ def transformers(job: Job) -> Callable[[], Turn]:
             self.times: list[float] = []
 
         def __call__(self, ids: Any, scores: Any, **options: Any) -> Any:
-            self.times.append(time.perf_counter())
+            self.times.append(clock(job))
             return torch.zeros(len(ids), dtype=torch.bool)
 
     def prepare() -> Turn:
@@ -134,6 +142,8 @@ def main() -> None:
     imports = resident("VmRSS")
     import torch
 
+    if job.threads:
+        torch.set_num_threads(job.threads)
     turn = prepare()
     rows = torch.load(f"{job.directory}/rows.pt")
     text = rows[:, :-1].flatten().tolist()
@@ -145,7 +155,7 @@ def main() -> None:
         count, length, new = asked["rows"], asked["length"], asked["new"]
         prompts = [text[1000 * i : 1000 * i + length] for i in range(count)]
         adapters = [f"adapter{i % job.adapters}" for i in range(count)] if asked["adapters"] else None
-        started = time.perf_counter()
+        started = clock(job)
         times = turn(prompts, adapters, new)
         rate = count * (len(times) - 1) / (times[-1] - times[0])
         memory = {"imports": imports, "peak": resident("VmHWM")}

@@ -20,13 +20,13 @@ KNOWN = {"llama", "llama-gqa", "qwen2-bias", "qwen3-norms", "gemma"}
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_builds_that_are_known(name: str) -> None:
+    model = decoder(name)
     state = torch.random.get_rng_state()
-    build = ModelTraits(decoder(name)).build()
+    build = ModelTraits(model).build()
+    assert torch.equal(state, torch.random.get_rng_state())
     assert (build is not None) == (name in KNOWN)
     if build is not None:
         assert (build.offset, build.activation) == ((1.0, "gelu_tanh") if name == "gemma" else (0.0, "silu"))
-    torch.random.set_rng_state(state)
-    ModelTraits(decoder(name))
 
 
 @pytest.mark.parametrize("name", sorted(KNOWN))
@@ -48,7 +48,7 @@ def test_both_ways_write_the_same_with_adapters(kind: str) -> None:
     assert tokens(model, adapters=names, kernels=True) == tokens(model, adapters=names, kernels=False)
 
 
-def logits(model: Any, texts: list[list[int]], dtype: torch.dtype, kernels: bool, steps: int = 6) -> torch.Tensor:
+def logits(model: Any, texts: list[list[int]], kernels: bool, steps: int = 6) -> torch.Tensor:
     """fp32 [steps, rows, vocabulary] for given tokens."""
     traits = ModelTraits(model)
     with acting(model, [None] * len(texts)):
@@ -63,8 +63,8 @@ def test_in_bf16_a_step_is_at_least_as_exact_as_the_models_own() -> None:
     model = llama(num_hidden_layers=4, hidden_size=128, intermediate_size=256, seed=3)
     texts = [torch.randint(1, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (30, 22, 17, 25)]
     model.bfloat16()
-    own, ours = (logits(model, texts, torch.bfloat16, kernels) for kernels in (False, True))
-    exact = logits(model.float(), texts, torch.float32, False)
+    own, ours = (logits(model, texts, kernels) for kernels in (False, True))
+    exact = logits(model.float(), texts, False)
     assert (ours - exact).abs().mean() <= 1.1 * (own - exact).abs().mean()
 
 
@@ -77,10 +77,10 @@ def test_a_rows_bits_depend_neither_on_threads_nor_on_its_neighbours(threads: An
     results = []
     for number in (1, 3):
         threads(number)
-        results.append(logits(model, texts, torch.bfloat16, True, steps=18))
+        results.append(logits(model, texts, True, steps=18))
     assert torch.equal(*results)
     threads(1)
-    alone = logits(model, texts[1:2], torch.bfloat16, True, steps=18)
+    alone = logits(model, texts[1:2], True, steps=18)
     assert torch.equal(alone[:, 0], results[0][:, 1])
 
 
@@ -97,6 +97,15 @@ def test_a_model_that_somebody_listens_to_keeps_its_own_forward() -> None:
     assert ModelTraits(model).build() is not None  # a linear layer is called as it is
     assert tokens(model) == wanted and seen.count(2) >= COUNT
     handle.remove()
+
+
+def test_a_part_of_another_class_or_autocast_keeps_the_models_own_forward() -> None:
+    model = llama()
+    model.model.layers[1].mlp.act_fn = torch.nn.ReLU()
+    assert ModelTraits(model).build() is None
+    assert tokens(model) == [greedy(model, prompt.encode(), COUNT) for prompt in PROMPTS]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ModelTraits(llama()).build() is None
 
 
 def test_a_model_that_computes_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:

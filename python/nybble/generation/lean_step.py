@@ -61,7 +61,7 @@ def build_of(model: Any) -> Build | None:
     """The build of a model on the CPU, if it is the known one and its small likeness computes the same; else None."""
     if not _looks_known(model):
         return None
-    found = _proven(type(model), model.config)
+    found = _proven(type(model), model.config, _classes(model))
     return None if found is None else Build(model, *found)
 
 
@@ -138,21 +138,33 @@ def _plain(module: nn.Module) -> bool:
     return "forward" not in module.__dict__ and not any(hooks)
 
 
-_known: dict[tuple[type, str], tuple[float, str] | None] = {}
+def _classes(model: Any) -> frozenset[Any]:
+    """The classes of all modules that are computed here and not called; of activations that are functions, those."""
+    decoder = model.model
+    found: list[Any] = [decoder, decoder.norm, decoder.rotary_emb]
+    for layer in decoder.layers:
+        norms = (layer.self_attn._modules.get(name) for name in _NORMS_OF_HEADS)
+        found += [layer, layer.self_attn, layer.mlp, layer.mlp.act_fn, layer.input_layernorm, *norms]
+        found.append(layer.post_attention_layernorm)
+    return frozenset(type(part) if isinstance(part, nn.Module) else part for part in found)
 
 
-def _proven(kind: type, config: Any) -> tuple[float, str] | None:
-    """(offset, activation) with which this file computes what models of this class and configuration do, or None."""
-    key = (kind, config.to_json_string())
+_known: dict[tuple[Any, ...], tuple[float, str] | None] = {}
+
+
+def _proven(kind: type, config: Any, classes: frozenset[Any]) -> tuple[float, str] | None:
+    """(offset, activation) with which this file computes what models of this class and configuration do, whose modules
+    are of these classes; or None."""
+    key = (kind, config.to_json_string(), classes)
     if key not in _known:
         try:
-            _known[key] = _try(kind, config)
+            _known[key] = _try(kind, config, classes)
         except Exception:  # a class that wants something else; that is no reason to fail
             _known[key] = None
     return _known[key]
 
 
-def _try(kind: Any, config: Any) -> tuple[float, str] | None:
+def _try(kind: Any, config: Any, classes: frozenset[Any]) -> tuple[float, str] | None:
     small = _small_config(config)
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad(), torch.device("cpu"):
         torch.manual_seed(0)
@@ -160,7 +172,7 @@ def _try(kind: Any, config: Any) -> tuple[float, str] | None:
         for parameter in model.parameters():
             spread = 0.1 if parameter.dim() == 1 else 1.0
             parameter.add_(torch.randn_like(parameter).mul_(spread / max(1, parameter.shape[-1]) ** 0.5))
-        if not _looks_known(model):
+        if not _looks_known(model) or _classes(model) != classes:
             return None
         texts = torch.randint(model.config.vocab_size, (2, 9))
         pads = [0, 3]
