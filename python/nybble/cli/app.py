@@ -13,9 +13,23 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from . import chat, combine, compare, demo, doctor, evaluate, export, finetune, generate, import_, merge, quantize
+from . import (
+    chat,
+    combine,
+    compare,
+    demo,
+    doctor,
+    evaluate,
+    export,
+    finetune,
+    generate,
+    import_,
+    merge,
+    plan,
+    quantize,
+)
 
-COMMANDS = (quantize, finetune, evaluate, compare, generate, chat, merge, combine, export, import_, doctor, demo)
+COMMANDS = (plan, quantize, finetune, evaluate, compare, generate, chat, merge, combine, export, import_, doctor, demo)
 
 
 def build() -> typer.Typer:

@@ -1,0 +1,159 @@
+"""`nybble plan`: which ways of using and training a model fit into a machine's memory."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .quantize import parse_size
+
+if TYPE_CHECKING:
+    from ..planning import Estimate, Plan, Row
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(help="A directory with config.json, that file, or a name such as Llama-3.1-8B.")
+    ],
+    memory: Annotated[
+        str | None, typer.Option(help="Of the machine or GPU, such as 24GB.  [default: this machine's]")
+    ] = None,
+    seq: Annotated[int, typer.Option(help="Tokens in a row.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Rows in a forward pass.")] = 1,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or unified (memory that CPU and GPU share).")] = "cpu",
+    rank: Annotated[int, typer.Option("--rank", "-r", help="Of LoRA and DoRA.")] = 16,
+    size: Annotated[int, typer.Option(help="Of bottlenecks.")] = 64,
+    tokens: Annotated[int, typer.Option(help="Virtual tokens of prefixes and prompts.")] = 20,
+    optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, lion or sgd.")] = "adamw",
+    loss_chunk: Annotated[int, typer.Option(help="Tokens whose logits exist at once.")] = 256,
+    why: Annotated[
+        list[str] | None, typer.Option(help="Show the arithmetic of a method, such as qlora; repeatable.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """What fits: the memory of every method for a model, from its config.json alone, and the command to run."""
+    from ..planning import Work, plan
+
+    work = Work(batch, seq, rank, size, tokens, optimizer, loss_chunk, device)
+    found = plan(model, None if memory is None else parse_size(memory), work)
+    explained = [found.row(key) for key in why or ()]
+    if as_json:
+        content = found.to_dict()
+        if explained:
+            content["why"] = {row.way.key: [_lines(e) for e in _both(row)] for row in explained}
+        typer.echo(json.dumps(content, indent=2))
+        return
+    show(found, explained)
+
+
+def _both(row: Row) -> list[Estimate]:
+    return [row.plain] if row.checkpointed is None else [row.plain, row.checkpointed]
+
+
+def _lines(found: Estimate) -> dict[str, Any]:
+    return {
+        "checkpointing": found.checkpointing,
+        "phase": found.phase,
+        "lines": [{"part": line.part, "formula": line.formula, "bytes": line.bytes} for line in found.lines],
+    }
+
+
+def show(found: Plan, explained: list[Row]) -> None:
+    """The plan on a terminal."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from ..checkpoint.report import format_bytes
+
+    console = Console(soft_wrap=True, highlight=False)
+    shape, work, memory = found.shape, found.work, found.memory
+    system = f", {format_bytes(memory.system)} of it the system's (assumed)" if memory.system else ""
+    console.print(
+        f"[bold]{escape(shape.name)}[/bold]: {shape.parameters:,} parameters ({escape(shape.source)}); "
+        f"{shape.layers} layers of {shape.hidden:,}, ffn {shape.ffn:,}, {shape.heads} heads, {shape.kv_heads} of keys"
+    )
+    console.print(f"{format_bytes(memory.bytes)} ({escape(memory.found)}{system}), device {work.device}")
+    console.print(f"a step of {work.batch} x {work.seq:,} tokens, {work.optimizer}\n")
+    table = Table()
+    columns = ("method", "trained", "of all", "memory", "checkpointing", "fits", "when to use it")
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="right" if 0 < i < 5 else "left", no_wrap=i < 6)
+    for row in found.rows:
+        plain = row.plain
+        table.add_row(
+            row.way.label,
+            _count(plain.trained),
+            _share(plain.share),
+            format_bytes(plain.total),
+            "" if row.checkpointed is None else format_bytes(row.checkpointed.total),
+            {"yes": "[green]yes[/green]", "no": "[red]no[/red]"}.get(row.fits, "[yellow]checkpointing[/yellow]"),
+            row.way.when,
+        )
+    wide = Console(width=max(console.width, 132), highlight=False)
+    wide.print(table)
+    _print_commands(console, found)
+    for row in explained:
+        for estimate in _both(row):
+            _print_arithmetic(wide, row, estimate)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def _print_commands(console: Any, found: Plan) -> None:
+    training = [row for row in found.rows if row.fits != "no" and row.checkpointed is not None]
+    best = found.recommended
+    shown: list[Row] = []
+    if training:
+        shown.append(training[0])
+    if best is not None and best not in shown:
+        shown.append(best)
+    for row in shown:
+        lightest = bool(training) and row is training[0]
+        reason = "the lightest training" if lightest else "the usual choice of those that fit"
+        if lightest and row is best:
+            reason += ", and the usual choice of those that fit"
+        console.print(f"{row.way.label}, {reason}:")
+        for line in row.commands:
+            console.print(f"  {line}", markup=False)
+    if not training:
+        console.print("no training fits; what would:")
+        for line in found.advice:
+            console.print(f"  {line}", markup=False)
+
+
+def _print_arithmetic(console: Any, row: Row, found: Estimate) -> None:
+    from rich.table import Table
+
+    from ..checkpoint.report import format_bytes
+
+    how = "" if row.checkpointed is None else ", with checkpointing" if found.checkpointing else ", without checkpointing"
+    table = Table(title=f"{row.way.label}{how}: the peak is at: {found.phase}", title_justify="left")
+    for column in ("part", "how", "bytes"):
+        table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")
+    for line in found.lines:
+        table.add_row(line.part, line.formula, f"{line.bytes:,}")
+    table.add_section()
+    table.add_row("sum", "", f"{found.total:,}")
+    console.print(table)
+    if len(found.phases) > 1:
+        phases = "; ".join(f"{name} {format_bytes(count)}" for name, count in found.phases.items())
+        console.print(f"moments of a step: {phases}", markup=False)
+
+
+def _count(count: int) -> str:
+    for unit, size in (("B", 10**9), ("M", 10**6), ("k", 10**3)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return str(count) if count else "nothing"
+
+
+def _share(share: float) -> str:
+    return "" if not share else f"{100 * share:.3g}%"
+
+
+def register(app: typer.Typer) -> None:
+    """Add `nybble plan`."""
+    app.command("plan")(command)
