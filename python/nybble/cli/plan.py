@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -10,7 +11,7 @@ import typer
 from .quantize import parse_size
 
 if TYPE_CHECKING:
-    from ..planning import Estimate, Plan, Row
+    from ..planning import Estimate, Plan, Row, Step
 
 
 def command(
@@ -28,24 +29,40 @@ def command(
     tokens: Annotated[int, typer.Option(help="Virtual tokens of prefixes and prompts.")] = 20,
     optimizer: Annotated[str, typer.Option(help="adamw, adamw8bit, lion or sgd.")] = "adamw",
     loss_chunk: Annotated[int, typer.Option(help="Tokens whose logits exist at once.")] = 256,
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes, one a GPU: also the memory of a rank, bytes sent, time of a step.")
+    ] = None,
+    sharding: Annotated[str, typer.Option(help="With --ranks: fsdp or ddp.")] = "fsdp",
+    tflops: Annotated[float, typer.Option(help="With --ranks: what a rank reaches, in 10^12 operations a second.")] = 400,
+    bandwidth: Annotated[
+        str, typer.Option(help="With --ranks: bytes a second that a rank receives, such as 50GB.")
+    ] = "50GB",
     why: Annotated[
         list[str] | None, typer.Option(help="Show the arithmetic of a method, such as qlora; repeatable.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """What fits: the memory of every method for a model, from its config.json alone, and the command to run."""
-    from ..planning import Work, plan
+    from ..planning import Cluster, Work, plan, scaled_rows
 
     work = Work(batch, seq, rank, size, tokens, optimizer, loss_chunk, device)
     found = plan(model, None if memory is None else parse_size(memory), work)
     explained = [found.row(key) for key in why or ()]
+    steps = {}
+    if ranks is not None:
+        cluster = Cluster(ranks, sharding, tflops * 1e12, parse_size(bandwidth))
+        steps = scaled_rows(found, cluster)
     if as_json:
         content = found.to_dict()
         if explained:
             content["why"] = {row.way.key: [_lines(e) for e in _both(row)] for row in explained}
+        if steps:
+            content["ranks"] = {key: step.to_dict() for key, step in steps.items()}
         typer.echo(json.dumps(content, indent=2))
         return
     show(found, explained)
+    if steps:
+        _show_ranks(found, steps, why or ())
 
 
 def _both(row: Row) -> list[Estimate]:
@@ -100,6 +117,45 @@ def show(found: Plan, explained: list[Row]) -> None:
             _print_arithmetic(wide, row, estimate)
     for note in found.notes:
         console.print(f"note: {note}", markup=False)
+
+
+def _show_ranks(found: Plan, steps: Mapping[str, Step], explained: Collection[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ..checkpoint.report import format_bytes
+
+    cluster = next(iter(steps.values())).cluster
+    console = Console(highlight=False)
+    wide = Console(width=max(console.width, 132), highlight=False)
+    table = Table(
+        title=f"{cluster.ranks} ranks, {cluster.sharding}, {found.work.batch} x {found.work.seq:,} tokens each, with "
+        f"checkpointing; assumed: {cluster.flops / 1e12:g} TFLOP/s and {format_bytes(cluster.bandwidth)}/s a rank",
+        title_justify="left",
+    )
+    for column in ("method", "memory a rank", "fits", "received a rank", "computing", "sending", "step", "tokens/s"):
+        table.add_column(column, justify="left" if column in ("method", "fits") else "right", no_wrap=True)
+    for key, step in steps.items():
+        table.add_row(
+            found.row(key).way.label,
+            format_bytes(step.rank.total),
+            "[green]yes[/green]" if step.rank.total <= found.memory.free else "[red]no[/red]",
+            format_bytes(step.received),
+            _seconds(step.computing),
+            _seconds(step.sending),
+            f"{_seconds(step.least)} to {_seconds(step.most)}",
+            f"{step.tokens / step.most:,.0f} to {step.tokens / step.least:,.0f}",
+        )
+    wide.print(table)
+    for key in explained:
+        row = found.row(key)
+        if row.way.key in steps:
+            _print_arithmetic(wide, row, steps[row.way.key].rank)
+    console.print("note: no such machine was measured; rates are assumptions, bytes and memory are arithmetic", markup=False)
+
+
+def _seconds(value: float) -> str:
+    return f"{value * 1000:.0f} ms" if value < 1 else f"{value:.2f} s" if value < 100 else f"{value:,.0f} s"
 
 
 def _print_commands(console: Any, found: Plan) -> None:

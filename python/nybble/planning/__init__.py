@@ -3,11 +3,13 @@
 from .choose import Plan, Row, plan
 from .machine import Memory
 from .memory import Estimate, Line, estimate
+from .scaling import Cluster, Step, scaled_rows, scaled_step
 from .shapes import BUILT_IN, Matrix, Shape, find_shape, shape_of
 from .work import Work
 
 __all__ = [
     "BUILT_IN",
+    "Cluster",
     "Estimate",
     "Line",
     "Matrix",
@@ -15,9 +17,12 @@ __all__ = [
     "Plan",
     "Row",
     "Shape",
+    "Step",
     "Work",
     "estimate",
     "find_shape",
     "plan",
+    "scaled_rows",
+    "scaled_step",
     "shape_of",
 ]

@@ -39,6 +39,11 @@ WAYS = (
     Way("dora", "DoRA (bf16)", "dora", "bf16", "where LoRA at low rank falls short; slower"),
     Way("full", "full (fp32)", "full", "fp32", "much data, a new language or domain"),
 )
+#: Said before a command where memory is scarce: malloc then maps blocks from 64 KiB on, and gives them back when they are
+#: freed. glibc's heap cannot use the hole of an aligned block for the next one of that size, and grows.
+MAPPED = "MALLOC_MMAP_THRESHOLD_=65536"
+#: Of the free memory, from where on that is said: the heap held up to 2.7 times what is counted above the imports.
+_SCARCE = 0.35
 #: What is recommended, of the ways that fit: the first of these.
 _PREFERRED = ("lora", "qlora", "bottleneck", "prefix", "prompt", "prompting", "prompting-nf4")
 
@@ -199,7 +204,12 @@ def _row(way: Way, shape: Shape, work: Work, memory: Memory, path: Path | None) 
         fits = "yes"
     elif checkpointed is not None and checkpointed.total <= memory.free:
         fits = "with checkpointing"
-    commands = () if fits == "no" else tuple(_commands(way, shape, work, fits == "with checkpointing", path))
+    commands: tuple[str, ...] = ()
+    if fits != "no":
+        commands = tuple(_commands(way, shape, work, fits == "with checkpointing", path))
+        total = plain.total if fits == "yes" or checkpointed is None else checkpointed.total
+        if checkpointed is not None and work.device == "cpu" and shape.head and total > _SCARCE * memory.free:
+            commands = (*commands[:-1], f"{MAPPED} {commands[-1]}")
     return Row(way, plain, checkpointed, fits, commands)
 
 
@@ -247,6 +257,10 @@ def _notes(shape: Shape, work: Work) -> Iterator[str]:
         yield "its feed-forward is not gated; what its layers keep is counted by the same rules, and has not been measured"
     if work.device == "cpu":
         yield "weights are counted as resident; pages of a mapped checkpoint can be given back when memory is short"
+        yield (
+            f"counted is what training holds. On Linux malloc's heap grows beyond it, the more the smaller the model; {MAPPED} in "
+            "the environment, for a few per cent of the time, keeps it there"
+        )
     if work.device != "cpu":
         yield (
             f"nothing of this has been measured on {'a GPU' if work.device == 'cuda' else 'unified memory'}: nybble has no "

@@ -11,14 +11,17 @@ from dataclasses import dataclass, field
 
 from . import activations
 from .shapes import Shape
-from .work import ACTIVATION, Work, check_method, optimizer_bytes, packed_bytes, trained_count, trained_tensors
+from .work import ACTIVATION, Work, adapted, check_method, optimizer_bytes, packed_bytes, trained_count, trained_tensors
 
 #: Python, torch, transformers and nybble after their imports: resident bytes, most of it code. Measured on Linux with
 #: torch 2.13's CPU build.
 IMPORTS = 365_000_000
-#: What a step of a model of next to no size takes above the imports: threads' stacks, kernels that oneDNN generates,
-#: pages of libraries that are used for the first time. Measured; 37 to 48 MB from method to method.
-FIRST_USE = 42_000_000
+#: What the first step takes above the imports whatever a model's size: threads' stacks, pages of libraries that are used
+#: for the first time. Measured on models of one layer, whose tensors are subtracted: 34 to 36 MB.
+FIRST_USE = 35_000_000
+#: The kernels that torch's oneDNN generates, where it multiplies: every base but a quantized one. Measured alike: 47 to
+#: 53 MB with FIRST_USE.
+GENERATED = 16_000_000
 #: The same of CUDA, in the GPU's memory: context and library handles. An assumption.
 CUDA_CONTEXT = 600_000_000
 #: torch's CUDA allocator takes segments of 2 and 20 MB and rounds large ones up to 2 MB. An assumption.
@@ -110,7 +113,9 @@ def _resident(shape: Shape, method: str, base: str, work: Work) -> list[Line]:
         lines.append(_line("runtime", "CUDA context and handles (assumed)", CUDA_CONTEXT))
     else:
         lines.append(_line("runtime", "Python, torch, transformers after their imports (measured)", IMPORTS))
-        lines.append(_line("runtime", "stacks, generated kernels, library pages (measured)", FIRST_USE))
+        lines.append(_line("runtime", "threads' stacks, library pages of the first step (measured)", FIRST_USE))
+        if base != "nf4":
+            lines.append(_line("runtime", "kernels that oneDNN generates for products (measured)", GENERATED))
     return lines
 
 
@@ -164,12 +169,20 @@ class _Step:
 
     def moments(self) -> dict[str, list[Line]]:
         held = self._trained_state()
-        return {
+        found = {
             "loss": [*held, *self._activations(), *self._casts(self.shape.layers), *self._loss()],
             "backward, last layer": [*held, *self._activations(), *self._recomputed(), *self._backward_last()],
             "backward, first layer": [*held, *self._backward_first()],
             "optimizer step": [*held, self._gradients(self.trained, "all gradients")],
         }
+        if self.method == "dora" and self.base == "bf16":
+            found["forward, last layer"] = [*held, *self._activations(), *self._casts(self.shape.layers), self._norms()]
+        return found
+
+    def _norms(self) -> Line:
+        """DoRA's norms of a plain weight are computed from a copy in fp32."""
+        largest = max((m.out_features * m.in_features for m in adapted(self.shape)), default=0)
+        return _line("workspace", f"the largest weight in fp32, for DoRA's norms: 4 bytes x {largest:,}", 4 * largest)
 
     # ---- parts -------------------------------------------------------------------------------------------------------
 

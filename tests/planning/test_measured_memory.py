@@ -1,0 +1,91 @@
+"""Predictions beside measured peaks: each configuration is trained in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import nybble
+from nybble.planning import Work, estimate, find_shape
+
+transformers = pytest.importorskip("transformers")
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="resident memory is read from /proc")
+
+WORKER = Path(__file__).with_name("measured_step.py")
+#: Blocks from here on are mapped and given back when they are freed, so that what is measured is what is held, and not
+#: what glibc's heap makes of it.
+MAPPED = 1 << 16
+
+# method, base, batch, seq, checkpointing, optimizer, rank
+CONFIGURATIONS = (
+    ("lora", "nf4", 4, 256, False, "adamw", 16),
+    ("lora", "nf4", 1, 1024, True, "adamw", 64),
+    ("lora", "bf16", 2, 384, False, "adamw8bit", 16),
+    ("lora", "bf16", 4, 256, True, "adamw", 16),
+    ("bottleneck", "nf4", 2, 384, False, "adamw", 16),
+    ("prefix", "bf16", 3, 256, False, "adamw", 16),
+    ("full", "fp32", 1, 256, False, "adamw", 16),
+    ("full", "fp32", 2, 192, True, "adamw8bit", 16),
+)
+FIELDS = ("method", "base", "batch", "seq", "checkpointing", "optimizer", "rank")
+Configuration = tuple[str, str, int, int, bool, str, int]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random Llama of 42 M parameters, in bf16 and NF4."""
+    directory = tmp_path_factory.mktemp("planned")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=640,
+        intermediate_size=1728,
+        num_hidden_layers=7,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        vocab_size=8192,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(directory / "bf16")
+    nybble.quantize(directory / "bf16", directory / "nf4", nybble.QuantConfig())
+    return {"bf16": directory / "bf16", "fp32": directory / "bf16", "nf4": directory / "nf4"}
+
+
+@pytest.fixture(scope="module")
+def measured(models: dict[str, Path]) -> dict[Configuration, int]:
+    """Bytes at the peak above the imports; two steps, as the optimizer's state is there from the first one's end."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(MAPPED)}
+    peaks = {}
+    for configuration in CONFIGURATIONS:
+        job = {**dict(zip(FIELDS, configuration, strict=True)), "model": str(models[configuration[1]]), "steps": 2}
+        command = [sys.executable, str(WORKER), json.dumps(job)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-2000:]
+        peaks[configuration] = int(json.loads(done.stdout.splitlines()[-1])["peak"])
+    return peaks
+
+
+def _name(c: Configuration) -> str:
+    return f"{c[0]}-{c[1]}-{c[2]}x{c[3]}-{'checkpointing' if c[4] else 'plain'}-{c[5]}-{c[6]}"
+
+
+@pytest.mark.parametrize("configuration", CONFIGURATIONS, ids=_name)
+def test_a_prediction_is_within_a_tenth_of_the_measured_peak(
+    models: dict[str, Path], measured: dict[Configuration, int], configuration: Configuration
+) -> None:
+    method, base, batch, seq, checkpointing, optimizer, rank = configuration
+    work = Work(batch=batch, seq=seq, rank=rank, optimizer=optimizer)
+    predicted = estimate(find_shape(models["bf16"]), method, base, work, checkpointing).above_imports
+    peak = measured[configuration]
+    print(f"predicted {predicted / 1e6:.1f} MB, measured {peak / 1e6:.1f} MB, {predicted / peak - 1:+.1%}")
+    assert abs(predicted / peak - 1) <= 0.10
