@@ -17,7 +17,15 @@ from nybble.nn.adapters import acting_parameters
 from nybble.planning import BUILT_IN, Work, estimate, plan, shape_of
 from nybble.planning import machine as machine_module
 from nybble.planning.choose import MAPPED, WAYS
-from nybble.planning.work import BASES, METHODS, OPTIMIZERS, optimizer_bytes, packed_bytes, trained_count, trained_tensors
+from nybble.planning.work import (
+    BASES,
+    METHODS,
+    OPTIMIZERS,
+    optimizer_bytes,
+    packed_bytes,
+    trained_count,
+    trained_tensors,
+)
 from nybble.training.methods import Method, apply
 from nybble.training.optim import build_optimizer, state_bytes
 
@@ -229,7 +237,6 @@ def test_bad_arguments_are_named(options: dict[str, Any], message: str) -> None:
 # ---- the machine -----------------------------------------------------------------------------------------------------
 
 
-
 def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_module, "_physical", lambda: 64_000_000_000)
     whole = machine_module.here(root=tmp_path)
@@ -245,9 +252,7 @@ def test_a_containers_limit_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert "/sys/fs/cgroup/jobs/memory.max" in found.found
 
 
-def test_a_limit_of_the_first_version_of_control_groups_counts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_limit_of_the_first_version_of_control_groups_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_module, "_physical", lambda: 64_000_000_000)
     group = tmp_path / "sys/fs/cgroup/memory/one"
     group.mkdir(parents=True)

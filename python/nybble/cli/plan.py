@@ -33,7 +33,9 @@ def command(
         int | None, typer.Option(help="Processes, one a GPU: also the memory of a rank, bytes sent, time of a step.")
     ] = None,
     sharding: Annotated[str, typer.Option(help="With --ranks: fsdp or ddp.")] = "fsdp",
-    tflops: Annotated[float, typer.Option(help="With --ranks: what a rank reaches, in 10^12 operations a second.")] = 400,
+    tflops: Annotated[
+        float, typer.Option(help="With --ranks: what a rank reaches, in 10^12 operations a second.")
+    ] = 400,
     bandwidth: Annotated[
         str, typer.Option(help="With --ranks: bytes a second that a rank receives, such as 50GB.")
     ] = "50GB",
@@ -151,7 +153,9 @@ def _show_ranks(found: Plan, steps: Mapping[str, Step], explained: Collection[st
         row = found.row(key)
         if row.way.key in steps:
             _print_arithmetic(wide, row, steps[row.way.key].rank)
-    console.print("note: no such machine was measured; rates are assumptions, bytes and memory are arithmetic", markup=False)
+    console.print(
+        "note: no such machine was measured; rates are assumptions, bytes and memory are arithmetic", markup=False
+    )
 
 
 def _seconds(value: float) -> str:
@@ -185,7 +189,9 @@ def _print_arithmetic(console: Any, row: Row, found: Estimate) -> None:
 
     from ..checkpoint.report import format_bytes
 
-    how = "" if row.checkpointed is None else ", with checkpointing" if found.checkpointing else ", without checkpointing"
+    how = (
+        "" if row.checkpointed is None else ", with checkpointing" if found.checkpointing else ", without checkpointing"
+    )
     table = Table(title=f"{row.way.label}{how}: the peak is at: {found.phase}", title_justify="left")
     for column in ("part", "how", "bytes"):
         table.add_column(column, justify="right" if column == "bytes" else "left", overflow="fold")

@@ -71,10 +71,8 @@ def layer(shape: Shape, method: str, base: str, work: Work) -> list[Kept]:
 def not_kept_by_first(shape: Shape, method: str, base: str, work: Work) -> float:
     """Bytes a token that the first layer does not keep, because nothing before them is trained."""
     e, h = ACTIVATION, shape.hidden
-    if method in ("lora", "dora"):
+    if method in ("lora", "dora", "prefix"):
         return e * h
-    if method == "prefix":
-        return e * (h + 0)
     if method == "bottleneck":  # all of the first attention
         return e * (h + 2 * shape.queries + 2 * shape.keys) + 4 * shape.heads + 4
     return 0.0

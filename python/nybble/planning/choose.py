@@ -39,8 +39,8 @@ WAYS = (
     Way("dora", "DoRA (bf16)", "dora", "bf16", "where LoRA at low rank falls short; slower"),
     Way("full", "full (fp32)", "full", "fp32", "much data, a new language or domain"),
 )
-#: Said before a command where memory is scarce: malloc then maps blocks from 64 KiB on, and gives them back when they are
-#: freed. glibc's heap cannot use the hole of an aligned block for the next one of that size, and grows.
+#: Said before a command where memory is scarce: malloc then maps blocks from 64 KiB on, and gives them back when they
+#: are freed. glibc's heap cannot use the hole of an aligned block for the next one of that size, and grows.
 MAPPED = "MALLOC_MMAP_THRESHOLD_=65536"
 #: Of the free memory, from where on that is said: the heap held up to 2.7 times what is counted above the imports.
 _SCARCE = 0.35
@@ -143,7 +143,10 @@ def _row_dict(row: Row) -> dict[str, Any]:
 
 
 def plan(
-    model: str | os.PathLike[str] | Shape, memory: float | Memory | None = None, work: Work | None = None, **options: Any
+    model: str | os.PathLike[str] | Shape,
+    memory: float | Memory | None = None,
+    work: Work | None = None,
+    **options: Any,
 ) -> Plan:
     """The memory of every method of using and training a model, from its config.json alone.
 
@@ -227,15 +230,16 @@ def _commands(way: Way, shape: Shape, work: Work, checkpointing: bool, path: Pat
     if not shape.head:
         yield f"# in Python: nybble.training.TextClassifier over nybble.load({source!r}); see README, Training"
         return
-    sizes = {
+    options: dict[str, list[Any]] = {
         "lora": ["--rank", work.rank],
         "dora": ["--method", "dora", "--rank", work.rank],
         "bottleneck": ["--method", "bottleneck", "--size", work.size],
         "prefix": ["--method", "prefix", "--tokens", work.tokens],
         "prompt": ["--method", "prompt", "--tokens", work.tokens],
         "full": ["--method", "full"],
-    }[way.method]
-    words = ["nybble", "finetune", source, "TEXT", "RUN_DIR", *sizes, "--batch-size", work.batch, "--seq-len", work.seq]
+    }
+    words: list[Any] = ["nybble", "finetune", source, "TEXT", "RUN_DIR", *options[way.method]]
+    words += ["--batch-size", work.batch, "--seq-len", work.seq]
     if work.optimizer != "adamw":
         words += ["--optimizer", work.optimizer]
     if checkpointing:
@@ -250,21 +254,21 @@ def _notes(shape: Shape, work: Work) -> Iterator[str]:
         yield "its linear layers are none that nybble quantizes: methods over 4-bit weights are left out"
     if shape.experts:
         yield (
-            f"a mixture of {shape.experts} experts: LoRA and DoRA stand beside the attention's layers only, experts are "
-            "frozen; what they keep is counted for the experts that act, and has not been measured"
+            f"a mixture of {shape.experts} experts: LoRA and DoRA stand beside the attention's layers only, experts "
+            "are frozen; what they keep is counted for the experts that act, and has not been measured"
         )
     if not shape.gated:
-        yield "its feed-forward is not gated; what its layers keep is counted by the same rules, and has not been measured"
+        yield "its feed-forward is not gated: what its layers keep is counted by the same rules, but was not measured"
     if work.device == "cpu":
         yield "weights are counted as resident; pages of a mapped checkpoint can be given back when memory is short"
         yield (
-            f"counted is what training holds. On Linux malloc's heap grows beyond it, the more the smaller the model; {MAPPED} in "
-            "the environment, for a few per cent of the time, keeps it there"
+            "counted is what training holds. Beyond that glibc's heap keeps holes, above all of small models with "
+            f"checkpointing; {MAPPED} in the environment gives them back, at the price of page faults"
         )
     if work.device != "cpu":
         yield (
-            f"nothing of this has been measured on {'a GPU' if work.device == 'cuda' else 'unified memory'}: nybble has no "
-            "kernels there yet, layers decode their weights with torch; the shares of the runtime are assumptions"
+            f"nothing of this has been measured on {'a GPU' if work.device == 'cuda' else 'unified memory'}: nybble "
+            "has no kernels there yet, layers decode their weights with torch; the runtime's shares are assumptions"
         )
     if shape.context is not None and work.seq > shape.context:
         yield f"seq is {work.seq:,}; the model's longest text is {shape.context:,} tokens"

@@ -16,8 +16,8 @@ from .work import ACTIVATION, Work, adapted, check_method, optimizer_bytes, pack
 #: Python, torch, transformers and nybble after their imports: resident bytes, most of it code. Measured on Linux with
 #: torch 2.13's CPU build.
 IMPORTS = 365_000_000
-#: What the first step takes above the imports whatever a model's size: threads' stacks, pages of libraries that are used
-#: for the first time. Measured on models of one layer, whose tensors are subtracted: 34 to 36 MB.
+#: What the first step takes above the imports whatever a model's size: threads' stacks, pages of libraries that are
+#: used for the first time. Measured on models of one layer, whose tensors are subtracted: 34 to 37 MB.
 FIRST_USE = 35_000_000
 #: The kernels that torch's oneDNN generates, where it multiplies: every base but a quantized one. Measured alike: 47 to
 #: 53 MB with FIRST_USE.
@@ -26,6 +26,10 @@ GENERATED = 16_000_000
 CUDA_CONTEXT = 600_000_000
 #: torch's CUDA allocator takes segments of 2 and 20 MB and rounds large ones up to 2 MB. An assumption.
 CUDA_ROUNDING = 0.03
+
+#: Bytes a weight that decoding takes where nybble has no kernels (`reference.dequantize_4bit`): codes as bytes and as
+#: int64, scales and values in fp32.
+DECODED = 1 + 8 + 4 + 4
 
 PARTS = (
     "weights",
@@ -88,15 +92,30 @@ def estimate(shape: Shape, method: str, base: str, work: Work, checkpointing: bo
 
     Raises ValueError for a method and a base that do not go together.
     """
+    return peak_of(moments(shape, method, base, work, checkpointing), shape, method, base, work, checkpointing)
+
+
+def moments(shape: Shape, method: str, base: str, work: Work, checkpointing: bool = False) -> dict[str, list[Line]]:
+    """What is held at every moment of a step, by the moment's name; see `estimate`."""
     check_method(method, base)
     held = _resident(shape, method, base, work)
-    moments = _generating(shape, work) if method == "inference" else _Step(shape, method, base, work, checkpointing).moments()
-    totals = {name: sum(line.bytes for line in (*held, *lines)) for name, lines in moments.items()}
+    if method == "inference":
+        found = _generating(shape, work)
+    else:
+        found = _Step(shape, method, base, work, checkpointing).moments()
+    return {name: [*held, *lines] for name, lines in found.items()}
+
+
+def peak_of(
+    found: dict[str, list[Line]], shape: Shape, method: str, base: str, work: Work, checkpointing: bool
+) -> Estimate:
+    """The largest of these moments."""
+    totals = {name: sum(line.bytes for line in lines) for name, lines in found.items()}
     phase = max(totals, key=lambda name: totals[name])
-    lines = (*held, *moments[phase])
+    lines = found[phase]
     if work.device == "cuda":
-        extra = round(CUDA_ROUNDING * sum(line.bytes for line in lines if line.part != "runtime"))
-        lines = (*lines, Line("runtime", f"torch's allocator: {CUDA_ROUNDING:.0%} of the above (assumed)", extra))
+        extra = CUDA_ROUNDING * sum(line.bytes for line in lines if line.part != "runtime")
+        lines = [*lines, _line("runtime", f"torch's allocator: {CUDA_ROUNDING:.0%} of the above (assumed)", extra)]
     trained = trained_count(shape, method, work)
     kept = tuple(line for line in lines if line.bytes)
     return Estimate(method, base, checkpointing, trained, trained / shape.parameters, phase, kept, totals)
@@ -109,6 +128,10 @@ def _line(part: str, formula: str, count: float) -> Line:
 def _resident(shape: Shape, method: str, base: str, work: Work) -> list[Line]:
     """What is held all the time."""
     lines = _weights(shape, base)
+    if work.device != "cpu" and base == "nf4":
+        largest = max(m.out_features * m.in_features for m in shape.matrices if m.quantizable)
+        how = f"the largest weight, decoded by torch's operations: {DECODED} bytes x {largest:,}"
+        lines.append(_line("workspace", how, DECODED * largest))
     if work.device == "cuda":
         lines.append(_line("runtime", "CUDA context and handles (assumed)", CUDA_CONTEXT))
     else:
@@ -147,7 +170,13 @@ def _generating(shape: Shape, work: Work) -> dict[str, list[Line]]:
     if shape.head:
         values = f"2 (keys, values) x {e} bytes x {shape.layers} layers x {shape.keys:,} x {tokens:,} tokens"
         lines.insert(0, _line("kv_cache", values, cache))
-        lines.append(_line("loss", f"logits of the last token: 4 bytes x {shape.vocab:,} x {work.batch} rows", 4 * shape.vocab * work.batch))
+        lines.append(
+            _line(
+                "loss",
+                f"logits of the last token: 4 bytes x {shape.vocab:,} x {work.batch} rows",
+                4 * shape.vocab * work.batch,
+            )
+        )
     return {"reading the prompt": lines}
 
 
@@ -191,7 +220,12 @@ class _Step:
         if not self.full:
             lines.append(_line("adapters", f"4 bytes x {self.trained:,} trained parameters", 4 * self.trained))
         name = self.work.optimizer
-        each = {"adamw": "8 bytes x", "adamw8bit": "2 bytes and 8 for 256 x (8 where a tensor has below 4,096)", "lion": "4 bytes x", "sgd": "0 bytes x"}[name]
+        each = {
+            "adamw": "8 bytes x",
+            "adamw8bit": "2 bytes and 8 for 256 x (8 where a tensor has below 4,096)",
+            "lion": "4 bytes x",
+            "sgd": "0 bytes x",
+        }[name]
         lines.append(_line("optimizer", f"{name}: {each} {self.trained:,}", optimizer_bytes(self.tensors, name)))
         return lines
 
@@ -203,7 +237,8 @@ class _Step:
         shape, n = self.shape, self.tokens
         if self.checkpointing:
             size = self.stream * shape.hidden * n
-            formula = f"inputs of {shape.layers} layers: {shape.layers} x {self.stream} bytes x {shape.hidden:,} x {n:,} tokens"
+            each = f"{self.stream} bytes x {shape.hidden:,} x {n:,} tokens"
+            formula = f"inputs of {shape.layers} layers: {shape.layers} x {each}"
             return [_line("activations", formula, shape.layers * size)]
         first = activations.not_kept_by_first(shape, self.method, self.base, self.work)
         total = shape.layers * self.one_layer - first * n
@@ -216,7 +251,7 @@ class _Step:
         if self.full:
             count = self.shape.linear * layers // self.shape.layers
             return [_line("workspace", f"weights in bf16 for the products: 2 bytes x {count:,}", 2 * count)]
-        if self.method in ("lora", "dora") and self.base != "nf4" or self.method == "bottleneck":
+        if self.method == "bottleneck" or (self.method in ("lora", "dora") and self.base != "nf4"):
             count = self.trained * layers // self.shape.layers
             return [_line("workspace", f"adapters in bf16 for the products: 2 bytes x {count:,}", 2 * count)]
         return []
@@ -232,20 +267,38 @@ class _Step:
     def _loss(self) -> list[Line]:
         shape, n, work = self.shape, self.tokens, self.work
         states = 3 * self.stream * shape.hidden * n
-        lines = [_line("loss", f"final norm's input and output, gradient: 3 x {self.stream} bytes x {shape.hidden:,} x {n:,}", states)]
+        lines = [
+            _line(
+                "loss",
+                f"final norm's input and output, gradient: 3 x {self.stream} bytes x {shape.hidden:,} x {n:,}",
+                states,
+            )
+        ]
         if not shape.head:
             return lines
         chunk = min(work.loss_chunk, work.batch * work.seq)
-        lines.append(_line("loss", f"logits in bf16: 2 bytes x {chunk} tokens x {shape.vocab:,}", 2 * chunk * shape.vocab))
+        lines.append(
+            _line("loss", f"logits in bf16: 2 bytes x {chunk} tokens x {shape.vocab:,}", 2 * chunk * shape.vocab)
+        )
         scratch = 2 << 20 if work.device == "cpu" else 4 * chunk * shape.vocab
         lines.append(_line("loss", "softmax's fp32 scratch", min(scratch, 4 * chunk * shape.vocab)))
         if self.full:
-            lines.append(_line("loss", f"head in bf16, its gradient (fp32), a chunk's (bf16, fp32): 12 bytes x {shape.embedding:,}", 12 * shape.embedding))
+            lines.append(
+                _line(
+                    "loss",
+                    f"head in bf16, its gradient (fp32), a chunk's (bf16, fp32): 12 bytes x {shape.embedding:,}",
+                    12 * shape.embedding,
+                )
+            )
         return lines
 
     def _flight(self) -> list[Line]:
         size = activations.in_flight(self.shape, self.method, self.base, self.work)
-        return [_line("workspace", f"gradients on their way: {size:,.0f} bytes x {self.tokens:,} tokens", size * self.tokens)]
+        return [
+            _line(
+                "workspace", f"gradients on their way: {size:,.0f} bytes x {self.tokens:,} tokens", size * self.tokens
+            )
+        ]
 
     def _backward_last(self) -> list[Line]:
         lines = self._flight()

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .choose import Plan
-from .memory import Estimate, Line, estimate
+from .memory import Estimate, Line, estimate, moments, peak_of
 from .shapes import Shape
 from .work import Work, adapted, packed_bytes, trained_count
 
@@ -102,22 +102,22 @@ def scaled_rows(found: Plan, cluster: Cluster) -> dict[str, Step]:
     }
 
 
-def scaled_step(
-    shape: Shape, method: str, base: str, work: Work, cluster: Cluster, checkpointing: bool = True
-) -> Step:
+def scaled_step(shape: Shape, method: str, base: str, work: Work, cluster: Cluster, checkpointing: bool = True) -> Step:
     """A training step of `work` (batch rows on every rank) on a cluster.
 
     Raises ValueError for a method that trains nothing, or that does not go with the base.
     """
     if method == "inference":
         raise ValueError("method is 'inference', which has no training step")
-    alone = estimate(shape, method, base, work, checkpointing)
     gathered, reduced = traffic(shape, method, base, work, cluster)
     share = (cluster.ranks - 1) / cluster.ranks
     # A ring's all-reduce is a reduction to parts and a gathering of these: each rank receives both.
     received = round(share * (gathered + reduced * (2 if cluster.sharding == "ddp" else 1)))
     operations = step_operations(shape, method, work, checkpointing)
-    rank = alone if cluster.sharding == "ddp" or cluster.ranks == 1 else _sharded(shape, method, base, work, alone, cluster)
+    if cluster.sharding == "ddp" or cluster.ranks == 1:
+        rank = estimate(shape, method, base, work, checkpointing)
+    else:
+        rank = _sharded(shape, method, base, work, checkpointing, cluster)
     return Step(
         cluster,
         rank,
@@ -177,19 +177,31 @@ def step_operations(shape: Shape, method: str, work: Work, checkpointing: bool) 
     return float(tokens) * (2 * active * passes + head + attention + side)
 
 
-def _sharded(shape: Shape, method: str, base: str, work: Work, alone: Estimate, cluster: Cluster) -> Estimate:
+#: Parts of which every rank has its share.
+_CUT = ("weights", "scales", "adapters", "gradients", "optimizer")
+
+
+def _sharded(shape: Shape, method: str, base: str, work: Work, checkpointing: bool, cluster: Cluster) -> Estimate:
     """The memory of a rank: parts of what is stored, whole what is at work."""
     ranks = cluster.ranks
-    cut = {"weights", "scales", "adapters", "gradients", "optimizer"}
-    lines = [
-        replace(line, formula=f"({line.formula}) / {ranks}", bytes=-(-line.bytes // ranks)) if line.part in cut else line
-        for line in alone.lines
+    layers, _, outer = _units(shape, method, base, work)
+    whole = [
+        Line(
+            "workspace",
+            f"{GATHERED_LAYERS} of {shape.layers} layers, gathered",
+            GATHERED_LAYERS * layers // shape.layers,
+        ),
+        Line("workspace", "head and last norm, gathered for the whole step", outer),
     ]
-    layers, embedding, outer = _units(shape, method, base, work)
-    whole = GATHERED_LAYERS * layers // shape.layers
-    lines.append(Line("workspace", f"{GATHERED_LAYERS} of {shape.layers} layers, gathered", whole))
-    lines.append(Line("workspace", "head and last norm, gathered for the whole step", outer))
     if method == "full":
-        lines.append(Line("workspace", "a layer's gradients before they are reduced", layers // shape.layers))
-    total = sum(line.bytes for line in lines)
-    return replace(alone, lines=tuple(lines), phases={alone.phase: total})
+        whole.append(Line("gradients", "a layer's, before they are reduced to parts", layers // shape.layers))
+    found = {}
+    for name, lines in moments(shape, method, base, work, checkpointing).items():
+        cut = [
+            replace(line, formula=f"({line.formula}) / {ranks}", bytes=-(-line.bytes // ranks))
+            if line.part in _CUT
+            else line
+            for line in lines
+        ]
+        found[name] = cut if name == "optimizer step" else [*cut, *whole]
+    return peak_of(found, shape, method, base, work, checkpointing)

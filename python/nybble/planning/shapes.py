@@ -139,7 +139,12 @@ def decoder(
     """
     head_dim = hidden // heads if head_dim is None else head_dim
     queries, keys = heads * head_dim, kv_heads * head_dim
-    sizes = {"q_proj": (queries, hidden), "k_proj": (keys, hidden), "v_proj": (keys, hidden), "o_proj": (hidden, queries)}
+    sizes = {
+        "q_proj": (queries, hidden),
+        "k_proj": (keys, hidden),
+        "v_proj": (keys, hidden),
+        "o_proj": (hidden, queries),
+    }
     matrices = [Matrix(f"self_attn.{n}", *size, layers, n in bias) for n, size in sizes.items()]
     norms = 2 * layers * hidden + hidden + (2 * layers * head_dim if query_norm else 0)
     routers = 0
@@ -323,13 +328,15 @@ def _matrices(model: nn.Module, head: Any) -> tuple[Matrix, ...]:
         bias = getattr(module, "bias", None) is not None
         if isinstance(module, nn.Linear):
             routes = name.rpartition(".")[2] in ("gate", "router", "shared_expert_gate")
-            counts[Matrix(last, *module.weight.shape, 1, bias, not routes, not routes)] += 1
+            rows, columns = module.weight.shape
+            counts[Matrix(last, rows, columns, 1, bias, not routes, not routes)] += 1
         elif type(module).__name__ == "Conv1D" and weight is not None:
             counts[Matrix(last, weight.shape[1], weight.shape[0], 1, bias, False, False)] += 1
         else:
             for key, value in module.named_parameters(recurse=False):
                 if value.dim() == 3:
-                    found = Matrix(f"{last}.{key}", value.shape[1], value.shape[2], 1, False, False)
+                    _, rows, columns = value.shape
+                    found = Matrix(f"{last}.{key}", rows, columns, 1, plain=False)
                     counts[found] += value.shape[0]
     return tuple(
         Matrix(m.name, m.out_features, m.in_features, count, m.bias, m.plain, m.quantizable)
