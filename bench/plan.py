@@ -45,6 +45,8 @@ CONFIGURATIONS = (
     ("full", "fp32", 1, 256, False, "adamw", 16),
     ("full", "fp32", 4, 256, True, "adamw8bit", 16),
 )
+#: Bytes a second that a rank is assumed to receive: within a node, and between nodes by a network card for every GPU.
+BANDWIDTH = {8: 300e9, 16: 50e9, 64: 50e9}
 FIELDS = ("method", "base", "batch", "seq", "checkpointing", "optimizer", "rank")
 
 
@@ -108,7 +110,8 @@ def measured(args: argparse.Namespace) -> None:
 
 def scaling(args: argparse.Namespace) -> None:
     """Memory of a rank, bytes and seconds of a step."""
-    shown = Table(title="a row of 2,048 tokens a rank, rank 16, checkpointing, 400 TFLOP/s and 50 GB/s a rank")
+    title = "a row of 2,048 tokens a rank, rank 16, checkpointing; assumed: 400 TFLOP/s, 300 GB/s (8 ranks), 50 GB/s"
+    shown = Table(title=title)
     columns = (
         "model",
         "method",
@@ -125,17 +128,14 @@ def scaling(args: argparse.Namespace) -> None:
         shown.add_column(column, justify="left" if column in ("model", "method", "sharding") else "right")
     work = Work(device="cuda")
     for name in ("Llama-3.1-70B", "Llama-3.1-405B"):
-        for method, base, sharding in (
-            ("lora", "nf4", "ddp"),
-            ("lora", "nf4", "fsdp"),
-            ("lora", "bf16", "fsdp"),
-            ("full", "fp32", "fsdp"),
-        ):
-            for ranks in (8, 16, 64):
-                step = scaled_step(BUILT_IN[name], method, base, work, Cluster(ranks, sharding))
+        for base, sharding in (("nf4", "ddp"), ("nf4", "fsdp"), ("bf16", "fsdp")):
+            for ranks in BANDWIDTH:
+                step = scaled_step(
+                    BUILT_IN[name], "lora", base, work, Cluster(ranks, sharding, 400e12, BANDWIDTH[ranks])
+                )
                 shown.add_row(
                     name,
-                    f"{method} {base}",
+                    f"LoRA over {base}",
                     str(ranks),
                     sharding,
                     f"{step.rank.total / 1e9:.1f} GB",

@@ -13,7 +13,7 @@ from typing import Any
 from .choose import Plan
 from .memory import Estimate, Line, estimate, moments, peak_of
 from .shapes import Shape
-from .work import Work, adapted, packed_bytes, trained_count
+from .work import TABLES, Work, adapted, packed_bytes, trained_count
 
 SHARDINGS = ("fsdp", "ddp")
 #: Layers whose weights a rank holds whole at a time: the one at work and the next, which is on its way.
@@ -134,14 +134,14 @@ def scaled_step(shape: Shape, method: str, base: str, work: Work, cluster: Clust
 def traffic(shape: Shape, method: str, base: str, work: Work, cluster: Cluster) -> tuple[int, int]:
     """(bytes gathered, bytes reduced) in a step, of whole tensors.
 
-    FSDP2: every layer twice, the head and the last norm once, the embedding once (twice where it is trained). What is
-    reduced is the fp32 gradient of what is trained.
+    FSDP2: every layer and the embedding twice (that of a frozen embedding too, as FSDP2 gathers ahead in the backward
+    pass), the head and the last norm once. What is reduced is the fp32 gradient of what is trained.
     """
     trained = 4 * trained_count(shape, method, work)
     if cluster.sharding == "ddp" or cluster.ranks == 1:
         return 0, trained if cluster.ranks > 1 else 0
     layers, embedding, outer = _units(shape, method, base, work)
-    return 2 * layers + embedding * (2 if method == "full" else 1) + outer, trained
+    return 2 * (layers + embedding) + outer, trained
 
 
 def _units(shape: Shape, method: str, base: str, work: Work) -> tuple[int, int, int]:
@@ -149,15 +149,18 @@ def _units(shape: Shape, method: str, base: str, work: Work) -> tuple[int, int, 
     size = 4 if base == "fp32" else 2
     table = size * shape.embedding
     tables = table * (1 if shape.tied or not shape.head else 2)
-    inside = size * shape.parameters - tables
+    norm = size * shape.hidden  # the last one
+    inside = size * shape.parameters - tables - norm
     if base == "nf4":
         weights, scales = packed_bytes(shape)
-        inside += weights + scales - size * shape.packed
+        # The tables of codes are buffers, which every rank has whole.
+        buffers = TABLES * sum(m.count for m in shape.matrices if m.quantizable)
+        inside += weights + scales - buffers - size * shape.packed
     if method in ("lora", "dora", "bottleneck", "prefix"):
         inside += 4 * trained_count(shape, method, work)
     if shape.tied or not shape.head:  # a tied embedding stays with the head
-        return inside, 0, table
-    return inside, table, table
+        return inside, 0, table + norm
+    return inside, table, table + norm
 
 
 def step_operations(shape: Shape, method: str, work: Work, checkpointing: bool) -> float:

@@ -17,6 +17,8 @@ DEVICES = ("cpu", "cuda", "unified")
 ACTIVATION = 2
 #: Elements that share a scale: of NF4 weights, and of 8-bit moments.
 WEIGHT_BLOCK, MOMENT_BLOCK = 64, 256
+#: Bytes of a quantized layer's codebook, map of its scales and their offset: 16, 256 and 1 of fp32.
+TABLES = 4 * (16 + 256 + 1)
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,6 @@ def packed_bytes(shape: Shape) -> tuple[int, int]:
             elements = m.out_features * m.in_features
             blocks = -(-elements // WEIGHT_BLOCK)
             weights += m.count * -(-elements // 2)
-            # a byte a block, fp32 for every 256 of these; codebook, map of the scales, offset: 16, 256 and 1 of fp32
-            scales += m.count * (blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + 4 * (16 + 256 + 1))
+            # a byte a block, and fp32 for every 256 of these
+            scales += m.count * (blocks + 4 * -(-blocks // NESTED_BLOCK_SIZE) + TABLES)
     return weights, scales
