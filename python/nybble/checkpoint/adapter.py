@@ -6,10 +6,11 @@ modules (`modules_to_save`).
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, CheckpointNotFoundError, NonFiniteError
-from .files import TensorInfo, read_header, read_json, read_tensor
+from .files import DTYPE_NAMES, TensorInfo, read_header, read_json, read_tensor
+from .writer import ShardWriter, Slot, Staging, tensor_bytes
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -182,6 +184,22 @@ def _layer(file: Path, module: str, parts: dict[str, TensorInfo], kind: str, set
         )
     scaling = alpha / (math.sqrt(r) if settings["use_rslora"] else r)
     return AdapterLayer(module, r, alpha, scaling, a, b, magnitude if settings["use_dora"] else None, kind)
+
+
+def write_adapter(directory: Path, config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter's two files, replacing an adapter that is there; all of it or nothing.
+
+    Raises:
+        StorageFullError: the disk is full; what was there is untouched.
+    """
+    slots = [Slot(name, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with Staging(directory) as staging:
+        writer = ShardWriter(staging, WEIGHTS_NAME, slots, {"format": "pt"})
+        for slot in slots:
+            writer.write(slot.name, slot.dtype, slot.shape or (), [tensor_bytes(tensors[slot.name])])
+        writer.finish()
+        staging.write(CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
+        staging.commit()
 
 
 # What model classes call the model inside them, where a directory does not say which class it is of.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Sequence
@@ -13,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .adapter import CONFIG_NAME, PREFIX, WEIGHTS_NAME, AdapterFile, read_adapter
+from .adapter import CONFIG_NAME, PREFIX, AdapterFile, read_adapter, write_adapter
 from .files import check_outside, read_json
-from .writer import ShardWriter, Slot, Staging, tensor_bytes
 
 
 def combine_adapters(
@@ -120,11 +118,4 @@ def _write(
         "alpha_pattern": {path: r for path, r in ranks.items() if r != most},
         "fan_in_fan_out": False,
     }
-    slots = [Slot(name, "F32", tuple(tensor.shape)) for name, tensor in tensors.items()]
-    with Staging(directory) as staging:
-        writer = ShardWriter(staging, WEIGHTS_NAME, slots, {"format": "pt"})
-        for slot in slots:
-            writer.write(slot.name, slot.dtype, slot.shape or (), [tensor_bytes(tensors[slot.name])])
-        writer.finish()
-        staging.write(CONFIG_NAME, (json.dumps(config, indent=2) + "\n").encode())
-        staging.commit()
+    write_adapter(directory, config, tensors)

@@ -171,14 +171,17 @@ class Names:
 class Architecture:
     """What a model class says of its modules, by module path.
 
-    `linear`: plain nn.Linear; `transposed`: transformers' Conv1D; `keep`: linear ones that must not be quantized, with
-    the reason; `modules`: all that have a weight; `names`: from a file's names to these.
+    `linear`: plain nn.Linear; `embeddings`: plain nn.Embedding; `transposed`: transformers' Conv1D; `keep`: linear ones
+    that must not be quantized, with the reason; `tied`: those that share their weight with another; `modules`: all that
+    have a weight; `names`: from a file's names to these.
     """
 
     names: Names
     linear: set[str] = field(default_factory=set)
+    embeddings: set[str] = field(default_factory=set)
     transposed: set[str] = field(default_factory=set)
     keep: dict[str, str] = field(default_factory=dict)
+    tied: set[str] = field(default_factory=set)
     modules: set[str] = field(default_factory=set)
 
 
@@ -201,10 +204,13 @@ def describe(directory: Path) -> Architecture:
         # Subclasses of Linear are left alone: nn.MultiheadAttention, for one, reads its out_proj's weight directly.
         if type(module) is nn.Linear:
             result.linear.add(name)
+        elif type(module) is nn.Embedding:
+            result.embeddings.add(name)
         elif type(module).__name__ == "Conv1D":
             result.transposed.add(name)
     for names in owners.values():
         if len(names) > 1:
+            result.tied.update(names)
             result.keep.update({name: f"tied to {names[0] if name != names[0] else names[1]}" for name in names})
     for pattern in getattr(model, "_keep_in_fp32_modules", None) or ():
         fixed = {name for name in result.linear if pattern in name.split(".")}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,9 @@ from ..nn import LoRAEmbedding, LoRALinear, QuantLinear
 from ..nn.adapters import DEFAULT, adapter_names, adapters, check_name, require_names, set_adapter, share_selection
 from ..nn.names import adapted_layers as layers_around
 from ..nn.names import base_modules
-from .adapter import BOTTLENECK_TYPE, CONFIG_NAME, PROMPT_TYPES, WEIGHTS_NAME, read_adapter, read_settings
+from .adapter import BOTTLENECK_TYPE, PROMPT_TYPES, read_adapter, read_settings, write_adapter
 from .copies import copies_to_save
-from .files import DTYPE_NAMES
 from .lora import load_lora, save_lora
-from .writer import ShardWriter, Slot, Staging, tensor_bytes
 
 _TASKS = {
     "ForCausalLM": "CAUSAL_LM",
@@ -39,6 +36,11 @@ _COPIES_ALONE = {
     "target_modules": "dummy-target-modules",
     "bias": "none",
 }
+
+
+def task_type(class_name: str) -> str | None:
+    """What PEFT calls the task of a model class of transformers; None if it has no name for it."""
+    return next((task for ending, task in _TASKS.items() if class_name.endswith(ending)), None)
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
@@ -78,7 +80,7 @@ def save_adapter(
     if base is None:
         base = getattr(getattr(model, "config", None), "_name_or_path", None) or None
     common = {
-        "task_type": next((task for ending, task in _TASKS.items() if type(model).__name__.endswith(ending)), None),
+        "task_type": task_type(type(model).__name__),
         "base_model_name_or_path": None if base is None else str(base),
         "inference_mode": True,
     }
@@ -87,14 +89,7 @@ def save_adapter(
     config["modules_to_save"] = list(copies) or None
     for values in copies.values():
         tensors.update(values)
-    slots = [Slot(key, DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) for key, tensor in tensors.items()]
-    with Staging(Path(directory)) as staging:
-        writer = ShardWriter(staging, WEIGHTS_NAME, slots, {"format": "pt"})
-        for slot in slots:
-            writer.write(slot.name, slot.dtype, slot.shape or (), [tensor_bytes(tensors[slot.name])])
-        writer.finish()
-        staging.write(CONFIG_NAME, (json.dumps({**config, **common}, indent=2) + "\n").encode())
-        staging.commit()
+    write_adapter(Path(directory), {**config, **common}, tensors)
 
 
 def _chosen(model: nn.Module, name: str | None) -> str:

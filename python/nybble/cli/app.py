@@ -21,15 +21,33 @@ from . import (
     doctor,
     evaluate,
     export,
+    extract,
     finetune,
     generate,
     import_,
     merge,
     plan,
     quantize,
+    rank,
 )
 
-COMMANDS = (plan, quantize, finetune, evaluate, compare, generate, chat, merge, combine, export, import_, doctor, demo)
+COMMANDS = (
+    plan,
+    quantize,
+    finetune,
+    evaluate,
+    compare,
+    generate,
+    chat,
+    rank,
+    extract,
+    merge,
+    combine,
+    export,
+    import_,
+    doctor,
+    demo,
+)
 
 
 def build() -> typer.Typer:

@@ -1,7 +1,9 @@
-"""What several commands do: load a model with its tokenizer and, if asked, an adapter."""
+"""What several commands do: load a model with its tokenizer and, if asked, an adapter; show how far they are."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,3 +43,19 @@ def load_model(
     if adapter is not None:
         load_adapter(model, adapter)
     return model.eval(), load_tokenizer(directory)
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Gives a function (name, done, total) that moves a bar on a terminal, and does nothing elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+
+        def move(name: str, done: int, total: int) -> None:
+            progress.update(task, description=f"{what} {name}", completed=done, total=total)
+
+        yield move

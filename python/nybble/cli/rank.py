@@ -1,0 +1,83 @@
+"""`nybble rank`: how low-rank the difference of two checkpoints is."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from ..planning.rank import RankReport
+
+
+def command(
+    base: Annotated[
+        Path, typer.Argument(help="The model before: a directory or a .safetensors file, quantized or not.")
+    ],
+    tuned: Annotated[Path, typer.Argument(help="The same model after training.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Write rank.json (all singular values) and rank.svg into this directory.")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="A row for every weight, not only every kind.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rank.json instead of tables.")] = False,
+    method: Annotated[
+        str, typer.Option(help="svd, gram (eigenvalues of D D^T) or auto: svd up to a shorter side of 2,048.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Singular values of what training changed: effective rank, stable rank, the rank that keeps 90, 95, 99%."""
+    import json
+
+    from rich.console import Console
+
+    from ..planning.rank import rank
+    from .shared import progress_bar
+
+    with progress_bar("decomposing") as tick:
+        report = rank(base, tuned, device=device, method=method, progress=tick)
+    written = [] if out is None else report.write(out)
+    if as_json:
+        typer.echo(json.dumps(report.to_dict()))
+        return
+    console = Console()
+    if report.layers:
+        console.print(report.layer_table() if layers else report.table())
+        console.print("|D|/|W|: size of the change; ranks are means of a kind's layers; %: of the energy |D|^2")
+    tell(report, console)
+    if written:
+        console.print(f"written to {', '.join(map(str, written))}", markup=False, highlight=False, soft_wrap=True)
+    if out is not None and report.layers and importlib.util.find_spec("matplotlib") is None:
+        console.print("no plot: it needs matplotlib (pip install 'nybble[plot]')", markup=False)
+
+
+def tell(report: RankReport, console: Console) -> None:
+    """What is not in the table."""
+    shapes = {f"{name} ({list(a)} and {list(b)})": None for name, (a, b) in report.reshaped.items()}
+    tied = {f"{name} (with {table})": None for name, table in report.tied.items()}
+    lists = {
+        "unchanged": report.unchanged,
+        "only in BASE": report.missing,
+        "only in TUNED": report.extra,
+        "of another shape": list(shapes),
+        "tied, counted once": list(tied),
+    }
+    for what, names in lists.items():
+        if names:
+            console.print(f"{what}: {shorten(names)}", markup=False, highlight=False, soft_wrap=True)
+    for note in report.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
+
+
+def shorten(names: list[str], most: int = 6) -> str:
+    """The first few of some names, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def register(app: typer.Typer) -> None:
+    """Add `nybble rank`."""
+    app.command("rank")(command)
