@@ -103,3 +103,45 @@ def _median_curve(spectra: list[list[float]]) -> tuple[list[float], list[float]]
             values.append((one[low] + (at - low) * (one[high] - one[low])) / one[0])
         medians.append(median(values))
     return [(place + 1) / n for place in range(n)], medians
+
+
+def plot_intrinsic(report: dict[str, Any], path: str | Path | IO[bytes]) -> None:
+    """Held-out accuracy over the dimensions of the subspace, beside full fine-tuning, a linear probe and the most
+    frequent class; circles mark d90.
+
+    Args:
+        report: what intrinsic.json holds. path: a file (.svg, .png, .pdf), or a binary stream for SVG.
+
+    Raises:
+        ValueError: the report has no run in a subspace.
+        ImportError: matplotlib is missing; says what to install.
+    """
+    curve = sorted((run for run in report["runs"] if run["dims"]), key=lambda run: run["dims"])
+    if not curve:
+        raise ValueError("report: no run in a subspace, there is nothing to plot")
+    figure = _figure(8, 4.8)
+    axes = figure.subplots()
+    axes.plot(
+        [run["dims"] for run in curve], [100 * run["accuracy"] for run in curve], "o-", color="#1f4e8c",
+        label="random subspace of d dimensions",
+    )  # fmt: skip
+    lines = {run["name"]: run["accuracy"] for run in report["runs"] if run["name"] in ("full", "probe")}
+    for name, label, color in (
+        ("full", f"full fine-tuning ({report['size']:,} parameters)", "#c0392b"),
+        ("probe", "linear probe", "#2e7d32"),
+    ):
+        if name in lines:
+            axes.axhline(100 * lines[name], color=color, linewidth=1.4, label=label)
+    axes.axhline(100 * report["majority"], color="0.5", linewidth=1.2, label="most frequent class")
+    for index, reading in enumerate(report["readings"]):
+        color = ("#8e44ad", "#d35400", "#16a085")[index % 3]
+        found = "not reached" if reading["crossing"] is None else f"d90 = {reading['crossing']:,.0f}"
+        threshold = 100 * reading["threshold"]
+        axes.axhline(threshold, color=color, linewidth=0.9, linestyle="--", label=f"{reading['what']}: {found}")
+        if reading["crossing"] is not None:
+            axes.plot([reading["crossing"]], [threshold], "o", color=color, markersize=9, markerfacecolor="none")
+    axes.set(xscale="log", xlabel="d, trained numbers", ylabel="held-out accuracy, %", title="intrinsic dimension")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small", loc="lower right")
+    _save(figure, path)

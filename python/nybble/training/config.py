@@ -62,6 +62,9 @@ class TrainConfig:
     lora_plus_ratio: float = field(
         default=1.0, metadata=_help("LoRA+: learning rate of the B matrices as a multiple of lr (16 in the paper)")
     )
+    head_lr_ratio: float = field(
+        default=1.0, metadata=_help("learning rate of a classifier's new head as a multiple of lr")
+    )
     schedule: str = field(
         default="cosine",
         metadata=_help("learning rate after warm-up: cosine, linear (both to min_lr_ratio) or constant"),
@@ -133,7 +136,7 @@ class TrainConfig:
             self._integer(name, 0)
         if self.eval_windows is not None:
             self._integer("eval_windows", 1)
-        for name in ("lr", "eps", "lora_plus_ratio"):
+        for name in ("lr", "eps", "lora_plus_ratio", "head_lr_ratio"):
             self._number(name, "above 0", lambda v: v > 0)
         for name in ("weight_decay", "max_grad_norm"):
             self._number(name, "at least 0", lambda v: v >= 0)

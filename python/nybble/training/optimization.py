@@ -19,12 +19,14 @@ def make_optimizer(
     """The optimizer of config over parameters by name; `options`, by name, are what adamw8bit is told of each.
 
     Weight decay is for those of two or more dimensions; the B matrices of LoRA have config.lora_plus_ratio times the
-    learning rate (LoRA+, arXiv 2402.12354): a group's `lr_scale` says so.
+    learning rate (LoRA+, arXiv 2402.12354), and a module called `head`, as a classifier's is, has config.head_lr_ratio
+    times: a group's `lr_scale` says so.
     """
     groups: dict[tuple[Any, ...], list[nn.Parameter]] = {}
     for name, parameter in parameters.items():
         decay = config.weight_decay if parameter.dim() >= 2 else 0.0
         scale = config.lora_plus_ratio if name.endswith(".lora_B") else 1.0
+        scale *= config.head_lr_ratio if name.startswith("head.") else 1.0
         told = (options or {}).get(name, {}) if config.optimizer == "adamw8bit" else {}
         groups.setdefault((decay, scale, *told.items()), []).append(parameter)
     listed = [
