@@ -25,6 +25,7 @@ def command(
         bool, typer.Option("--save-others", help="Hold embeddings and norms that changed in full (modules_to_save).")
     ] = False,
     report: Annotated[Path | None, typer.Option(help="Write the figures of every layer to this JSON file.")] = None,
+    method: Annotated[str, typer.Option(help="svd, gram or auto; see nybble rank.")] = "auto",
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Write the difference of two checkpoints as a PEFT LoRA: every layer's best approximation of a rank."""
@@ -42,7 +43,7 @@ def command(
     with progress_bar("decomposing") as tick:
         found = extract(
             base, tuned, out, rank, energy=energy, target=tuple(target or ()) or ALL_LINEAR, dtype=DTYPES[dtype],
-            save_others=save_others, device=device, progress=tick,
+            save_others=save_others, device=device, method=method, progress=tick,
         )  # fmt: skip
     if report is not None:
         found.write(report)

@@ -41,7 +41,7 @@ class Subspace(nn.Module):
         owners = weight_owners(model)
         self.names = names
         self.groups = list(dict.fromkeys(map(_group, names))) if structure else []
-        if dims <= len(self.groups):
+        if structure and dims <= len(self.groups):
             raise ValueError(
                 f"dims must be above {len(self.groups)}, one scale for each of the model's {len(self.groups)} parts "
                 f"(structure=True); got {dims}"

@@ -24,7 +24,7 @@ from ..checkpoint.writer import Staging
 from ..errors import CheckpointError, NonFiniteError
 from ..nn.names import matches, patterns_of, require_matches
 from .difference import Pairs, pair, tied_table
-from .rank import Progress, check_device, ratio
+from .rank import Progress, check_device, check_method, ratio
 from .spectrum import energy_rank, factors, spectrum
 
 if TYPE_CHECKING:
@@ -165,6 +165,7 @@ def extract(
     dtype: torch.dtype = torch.float32,
     save_others: bool = False,
     device: str = "cpu",
+    method: str = "auto",
     progress: Progress | None = None,
 ) -> ExtractReport:
     """Write the difference of two checkpoints as a LoRA in PEFT's layout, for the base.
@@ -180,7 +181,8 @@ def extract(
         target: "all-linear", or name patterns of linear layers and embeddings (`nybble.formats.match_module`).
         dtype: of the factors: torch.float32, bfloat16 or float16.
         save_others: hold the other modules that changed (embeddings, norms) in full, as `modules_to_save`.
-        device: "cpu" or a CUDA device. progress: see `nybble.planning.rank.rank`.
+        device: "cpu" or a CUDA device. method, progress: see `nybble.planning.rank.rank`; the factors are as good by
+            either method, and "gram" is several times as fast.
 
     Raises:
         ValueError: neither rank nor energy, or one of them, dtype or device is not allowed.
@@ -191,6 +193,7 @@ def extract(
     """
     _check_arguments(rank, energy, dtype)
     check_device(device)
+    check_method(method)
     pairs = pair(base, tuned)
     for origin in (base, tuned):
         check_outside(Path(origin), Path(dst))
@@ -214,7 +217,7 @@ def extract(
                 report.uncovered[name] = (ratio(squares**0.5, weight**0.5), reason)
             total += squares
             continue
-        found = spectrum(difference, vectors=True, device=device)
+        found = spectrum(difference, vectors=True, device=device, method=method)
         if not found.norm:
             report.unchanged += 1
             continue

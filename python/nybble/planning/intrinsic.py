@@ -72,12 +72,12 @@ class IntrinsicConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
                 raise ValueError(f"{name} must be a number above 0, got {value!r}")
-        self.training(self.lr, 1)
+        self.training(self.lr, 1, 1)
 
-    def training(self, lr: float, texts: int, head_lr: float | None = None) -> TrainConfig:
-        """Of a run with this learning rate on so many texts."""
+    def training(self, lr: float, texts: int, longest: int, head_lr: float | None = None) -> TrainConfig:
+        """Of a run with this learning rate on so many texts, the longest of so many tokens."""
         config = TrainConfig(
-            epochs=self.epochs, batch_size=self.batch_size, seed=self.seed, dtype=self.dtype, lr=lr,
+            epochs=self.epochs, batch_size=self.batch_size, seq_len=longest, seed=self.seed, dtype=self.dtype, lr=lr,
             head_lr_ratio=1.0 if head_lr is None else head_lr / lr,
         )  # fmt: skip
         steps = config.total_steps(texts)
@@ -159,7 +159,7 @@ class IntrinsicReport:
         below: Run | None = None
         for run in self.curve():
             assert run.dims is not None
-            if run.accuracy >= threshold:
+            if run.accuracy >= threshold - 1e-12:  # both are quotients of small integers
                 crossing = float(run.dims)
                 if below is not None and below.dims:
                     share = (threshold - below.accuracy) / (run.accuracy - below.accuracy)
@@ -213,7 +213,7 @@ class IntrinsicReport:
         table.add_row("most frequent class", "0", "", "", "", "", f"{self.majority:.1%}", "")
         ordered = [run for run in (probe, *self.curve(), full) if run is not None]
         for run in ordered:
-            what = {FULL: "everything", PROBE: "the head alone"}.get(run.name, f"d = {run.dims:,}")
+            what = {FULL: "everything", PROBE: "the head alone"}.get(run.name) or f"d = {run.dims:,}"
             share = "" if full is None else f"{run.accuracy / full.accuracy:.1%}"
             table.add_row(
                 what, f"{run.trained:,}", f"{run.trained / self.size:.2%}", f"{run.lr:.1e}", f"{run.train_loss:.3f}",
@@ -343,7 +343,7 @@ def _train(
         model.head.requires_grad_(config.head == "trained")
         lr, head_lr = config.step / math.sqrt(dims), config.head_lr
     started = time.monotonic()
-    training = config.training(lr, len(train), head_lr)
+    training = config.training(lr, len(train), int(train.starts.diff().max()), head_lr)
     report = finetune(model, train, training, show=False)
     if report.interrupted:
         raise KeyboardInterrupt

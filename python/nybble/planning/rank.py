@@ -223,8 +223,7 @@ def rank(
         CheckpointNotFoundError, CheckpointError: see `pair`.
         NonFiniteError: a weight holds NaN or infinity; names it and its file.
     """
-    if method not in ("auto", "svd", "gram"):
-        raise ValueError(f"method must be 'auto', 'svd' or 'gram', got {method!r}")
+    check_method(method)
     check_device(device)
     pairs = pair(base, tuned)
     report = RankReport(
@@ -259,6 +258,12 @@ def rank(
     if any(row.method == "gram" for row in report.layers):
         report.notes.append("singular values below 1e-6 of the largest are rounding where the method is gram")
     return report
+
+
+def check_method(method: str) -> None:
+    """Raises ValueError for a method that `spectrum` does not have."""
+    if method not in ("auto", "svd", "gram"):
+        raise ValueError(f"method must be 'auto', 'svd' or 'gram', got {method!r}")
 
 
 def check_device(device: str) -> None:
