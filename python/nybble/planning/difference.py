@@ -81,12 +81,17 @@ class Pairs:
     @property
     def matrices(self) -> list[str]:
         """Names of weights of two dimensions that are not empty."""
-        return [name for name in self.names if len(shape := self.base.shapes[name]) == 2 and math.prod(shape)]
+        return [name for name in self.names if self._dimensions(name) == 2]
 
     @property
     def others(self) -> list[str]:
         """Names of tensors of other dimensions: norms, biases, stacked experts."""
-        return [name for name in self.names if len(shape := self.base.shapes[name]) != 2 and math.prod(shape)]
+        return [name for name in self.names if self._dimensions(name) not in (None, 2)]
+
+    def _dimensions(self, name: str) -> int | None:
+        """How many a tensor has, None if it is empty."""
+        shape = self.base.shapes[name]
+        return len(shape) if math.prod(shape) else None
 
     def difference(self, name: str) -> Difference:
         """Of the weight with this name in the base."""

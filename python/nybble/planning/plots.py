@@ -64,9 +64,9 @@ def plot_spectra(report: dict[str, Any], path: str | Path | IO[bytes]) -> None:
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in report["layers"]:
         groups.setdefault(row["kind"], []).append(row)
-    colors = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"].colors
+    colors = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"]
     for index, (kind, rows) in enumerate(groups.items()):
-        color = colors[index % len(colors)]
+        color = colors(index % colors.N)
         places, medians = _median_curve([row["singular_values"] for row in rows])
         left.plot(places, medians, color=color, linewidth=1.6, label=kind)
         right.plot(range(len(rows)), [row["rank_90"] for row in rows], "o-", color=color, markersize=3, label=kind)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.writer import Staging
 from .difference import Pairs, pair
-from .spectrum import ENERGIES, effective_rank, energy_rank, spectrum, stable_rank
+from .spectrum import ENERGIES, Spectrum, effective_rank, energy_rank, spectrum, stable_rank
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -239,15 +239,7 @@ def rank(
         if not found.norm:
             report.unchanged.append(name)
             continue
-        values = found.values
-        rows, columns = pairs.base.shapes[name]
-        report.layers.append(
-            RankRow(
-                name, kinds[name], (rows, columns), found.norm, ratio(found.norm, found.weight_norm),
-                effective_rank(values), stable_rank(values), *(energy_rank(values, share) for share in ENERGIES),
-                found.method, values.tolist(),
-            )
-        )  # fmt: skip
+        report.layers.append(_row(name, kinds[name], pairs.base.shapes[name], found))
     if progress is not None:
         progress("", len(names), len(names))
     report.others = changed_others(pairs)
@@ -258,6 +250,15 @@ def rank(
     if any(row.method == "gram" for row in report.layers):
         report.notes.append("singular values below 1e-6 of the largest are rounding where the method is gram")
     return report
+
+
+def _row(name: str, kind: str, shape: tuple[int, ...], found: Spectrum) -> RankRow:
+    values = found.values
+    at_90, at_95, at_99 = (energy_rank(values, share) for share in ENERGIES)
+    return RankRow(
+        name, kind, (shape[0], shape[1]), found.norm, ratio(found.norm, found.weight_norm), effective_rank(values),
+        stable_rank(values), at_90, at_95, at_99, found.method, values.tolist(),
+    )  # fmt: skip
 
 
 def check_method(method: str) -> None:
