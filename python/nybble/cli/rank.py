@@ -46,7 +46,9 @@ def command(
     console = Console()
     if report.layers:
         console.print(report.layer_table() if layers else report.table())
-        console.print("|D|/|W|: size of the change; ranks are means of a kind's layers; %: of the energy |D|^2")
+        console.print(
+            "|D|/|W|: size of the change; 90% ...: rank that keeps so much of |D|^2; of a kind, means over its layers"
+        )
     tell(report, console)
     if written:
         console.print(f"written to {', '.join(map(str, written))}", markup=False, highlight=False, soft_wrap=True)
@@ -56,14 +58,12 @@ def command(
 
 def tell(report: RankReport, console: Console) -> None:
     """What is not in the table."""
-    shapes = {f"{name} ({list(a)} and {list(b)})": None for name, (a, b) in report.reshaped.items()}
-    tied = {f"{name} (with {table})": None for name, table in report.tied.items()}
     lists = {
         "unchanged": report.unchanged,
         "only in BASE": report.missing,
         "only in TUNED": report.extra,
-        "of another shape": list(shapes),
-        "tied, counted once": list(tied),
+        "of another shape": [f"{name} ({list(a)} and {list(b)})" for name, (a, b) in report.reshaped.items()],
+        "tied, counted once": [f"{name} (with {table})" for name, table in report.tied.items()],
     }
     for what, names in lists.items():
         if names:

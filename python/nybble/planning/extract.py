@@ -57,7 +57,7 @@ class ExtractReport:
 
     Attributes:
         rows: the layers that the adapter has. saved: modules whose tensors it holds in full.
-        uncovered: changed tensors that it does not hold -> (||D|| / ||W||, why). unchanged: how many weights.
+        uncovered: changed tensors that it does not hold -> (||D|| / ||W||, why). unchanged: how many did not change.
         kept: share of the energy of all changes, covered or not, that is in the low-rank updates; kept_covered: of the
             covered layers alone. parameters: of the low-rank updates.
     """
@@ -123,24 +123,23 @@ class _Layers:
 
     def kind(self, name: str) -> tuple[str, str]:
         """("linear", ""), ("embedding", ""), or ("", why a LoRA cannot change this matrix)."""
-        if not (name == "weight" or name.endswith(".weight")):
+        if name != "weight" and not name.endswith(".weight"):
             return "", "not a layer's weight"
-        path, known = self.path(name), self._known
-        if known is None:
-            embedding = is_linear_by_name(module_of(name), self._model_type) is False and "embed" in name.lower()
-            if tied_table(self._source, [name]) == name:
-                return "", "the head shares it"
-            kind = "embedding" if embedding else "linear"
-            return (
-                (kind, "")
-                if embedding or is_linear_by_name(module_of(name), self._model_type)
-                else ("", "no linear layer")
-            )
-        if path in known.tied:
+        if self._known is None:
+            return self._kind_by_name(name)
+        path = self.path(name)
+        if path in self._known.tied:
             return "", "the head shares it"
-        if path in known.linear or path in known.embeddings:
-            return ("linear" if path in known.linear else "embedding"), ""
-        return "", "no linear layer of the model class"
+        if path in self._known.linear:
+            return "linear", ""
+        return ("embedding", "") if path in self._known.embeddings else ("", "no linear layer of the model class")
+
+    def _kind_by_name(self, name: str) -> tuple[str, str]:
+        if tied_table(self._source, [name]) == name:
+            return "", "the head shares it"
+        if is_linear_by_name(module_of(name), self._model_type):
+            return "linear", ""
+        return ("embedding", "") if "embed" in name.lower() else ("", "not called as a linear layer is")
 
     def taken(self, paths: Iterable[str]) -> set[str]:
         """Last parts of the names of modules with a weight that are not among `paths`."""
@@ -200,55 +199,138 @@ def extract(
     report = ExtractReport(str(base), str(tuned), str(dst), notes=list(pairs.notes))
     layers = _Layers(pairs, report.notes)
     chosen = _chosen(pairs, layers, target)
-    tensors: dict[str, Tensor] = {}
-    ranks: dict[str, int] = {}
-    total = covered = kept = 0.0
+    work = _Work(pairs, layers, report, dtype, device, method)
     names = pairs.matrices
     for done, name in enumerate(names):
         if progress is not None:
             progress(name, done, len(names))
-        difference = pairs.difference(name)
-        if name not in chosen:
-            squares, weight = _sizes(difference.slabs())
-            report.unchanged += not squares
-            if squares:
-                kind, why = layers.kind(name)
-                reason = why or ("not in target" if target != ALL_LINEAR else "an embedding; name it in target")
-                report.uncovered[name] = (ratio(squares**0.5, weight**0.5), reason)
-            total += squares
-            continue
-        found = spectrum(difference, vectors=True, device=device, method=method)
-        if not found.norm:
-            report.unchanged += 1
-            continue
-        path, kind = chosen[name]
-        r = min(rank or min(difference.shape), min(difference.shape))
-        r = r if energy is None else min(r, energy_rank(found.values, energy))
-        a, b = factors(difference, found, r, device)
-        _put(tensors, path, kind, a, b, dtype)
-        energies = found.values.square()
-        rest = float(energies[r:].sum() / energies.sum())
-        ranks[path] = r
-        shape = (difference.shape[0], difference.shape[1])
-        report.rows.append(ExtractRow(path, shape, r, 1 - rest, rest**0.5, ratio(found.norm, found.weight_norm)))
-        report.parameters += a.numel() + b.numel()
-        total += found.norm**2
-        covered += found.norm**2
-        kept += (1 - rest) * found.norm**2
+        if name in chosen:
+            work.cut(name, *chosen[name], rank, energy)
+        else:
+            why = layers.kind(name)[1]
+            work.leave(name, why or ("an embedding; name it in target" if target == ALL_LINEAR else "not in target"))
     if progress is not None:
         progress("", len(names), len(names))
-    if not ranks:
+    if not work.ranks:
         raise CheckpointError(f"{tuned}: no layer of the target ({_shown(target)}) differs from {base}")
     for name in pairs.others:
-        squares, weight = _sizes(pairs.difference(name).slabs())
-        total += squares
-        if squares:
-            report.uncovered[name] = (ratio(squares**0.5, weight**0.5), "not a matrix")
-    report.kept, report.kept_covered = kept / total, kept / covered
+        work.leave(name, "not a matrix")
+    report.kept, report.kept_covered = work.kept / work.total, work.kept / work.covered
     if save_others:
-        _save_others(pairs, layers, report, tensors, ranks)
-    _write(Path(dst), pairs, layers, report, tensors, ranks)
+        work.save_others()
+    write_adapter(Path(dst), work.config(), work.tensors)
     return report
+
+
+class _Work:
+    """What is made so far: the adapter's tensors by their names in the file, ranks by layer, and sums of energies."""
+
+    def __init__(
+        self, pairs: Pairs, layers: _Layers, report: ExtractReport, dtype: torch.dtype, device: str, method: str
+    ) -> None:
+        self._pairs, self._layers, self._report = pairs, layers, report
+        self._dtype, self._device, self._method = dtype, device, method
+        self.tensors: dict[str, Tensor] = {}
+        self.ranks: dict[str, int] = {}
+        self.total = self.covered = self.kept = 0.0
+
+    def cut(self, name: str, path: str, kind: str, rank: int | None, energy: float | None) -> None:
+        """The low-rank update of a layer, if it changed."""
+        difference = self._pairs.difference(name)
+        found = spectrum(difference, vectors=True, device=self._device, method=self._method)
+        if not found.norm:
+            self._report.unchanged += 1
+            return
+        rows, columns = difference.shape
+        r = min(rows, columns) if rank is None else min(rank, rows, columns)
+        r = r if energy is None else min(r, energy_rank(found.values, energy))
+        a, b = factors(difference, found, r, self._device)
+        self._put(path, kind, a, b)
+        energies = found.values.square()
+        rest = float(energies[r:].sum() / energies.sum())
+        self.ranks[path] = r
+        self._report.rows.append(
+            ExtractRow(path, (rows, columns), r, 1 - rest, rest**0.5, ratio(found.norm, found.weight_norm))
+        )
+        self._report.parameters += a.numel() + b.numel()
+        self.total += found.norm**2
+        self.covered += found.norm**2
+        self.kept += (1 - rest) * found.norm**2
+
+    def _put(self, path: str, kind: str, a: Tensor, b: Tensor) -> None:
+        """B A of a linear layer; of an embedding PEFT has the update as (B A)^T."""
+        if kind == "embedding":
+            named = {"lora_embedding_A": b.T.contiguous(), "lora_embedding_B": a.T.contiguous()}
+        else:
+            named = {"lora_A.weight": a, "lora_B.weight": b}
+        for part, values in named.items():
+            stored = values.to(self._dtype)
+            bad = ~torch.isfinite(stored)
+            if bool(bad.any()):
+                index, count = int(bad.reshape(-1).to(torch.uint8).argmax()), int(bad.sum())
+                detail = f"the value at flat index {index} overflows {self._dtype}"
+                raise NonFiniteError(f"{path}.{part}", index, count, detail)
+            self.tensors[f"{PREFIX}{path}.{part}"] = stored
+
+    def leave(self, name: str, why: str) -> None:
+        """A tensor that gets no update; if it changed, the report says so."""
+        squares = weight = 0.0
+        for _, base, part in self._pairs.difference(name).slabs():
+            squares += float(part.square().sum())
+            weight += float(base.square().sum())
+        self.total += squares
+        if squares:
+            self._report.uncovered[name] = (ratio(squares**0.5, weight**0.5), why)
+        else:
+            self._report.unchanged += 1
+
+    def save_others(self) -> None:
+        """Every tensor of the modules that changed without an update, as it is in the tuned checkpoint."""
+        pairs, layers, report = self._pairs, self._layers, self._report
+        for name in list(report.uncovered):
+            path = layers.path(name)
+            own = [other for other in pairs.names if layers.path(other) == path]
+            blocked = "its layer has a low-rank update, beside which no copy can be" if path in self.ranks else ""
+            if not path or any(other in pairs.base.packed for other in own):
+                blocked = "its module is quantized, or has no name"
+            if blocked:
+                report.uncovered[name] = (report.uncovered[name][0], blocked)
+                continue
+            for module in (path, *layers.tied_to(path)):
+                for other in own:
+                    self.tensors[f"{PREFIX}{module}.{other.rpartition('.')[2]}"] = _whole(pairs, other)
+                if module not in report.saved:
+                    report.saved.append(module)
+            del report.uncovered[name]
+
+    def config(self) -> dict[str, Any]:
+        """adapter_config.json."""
+        ranks = self.ranks
+        most = Counter(ranks.values()).most_common(1)[0][0]
+        others = {path: r for path, r in ranks.items() if r != most}
+        taken = self._layers.taken(ranks)
+        classes = (self._pairs.base.source.config() or {}).get("architectures") or []
+        return {
+            "peft_type": "LORA",
+            "task_type": next((task for name in classes if (task := task_type(name))), None),
+            "base_model_name_or_path": self._report.base,
+            "inference_mode": True,
+            "r": most,
+            "lora_alpha": most,
+            "lora_dropout": 0.0,
+            "target_modules": sorted({path if (leaf := path.rpartition(".")[2]) in taken else leaf for path in ranks}),
+            "exclude_modules": None,
+            "bias": "none",
+            "use_rslora": False,
+            "use_dora": False,
+            "modules_to_save": self._report.saved or None,
+            "init_lora_weights": True,
+            "layers_to_transform": None,
+            "layers_pattern": None,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "fan_in_fan_out": False,
+        }
 
 
 def _check_arguments(rank: int | None, energy: float | None, dtype: torch.dtype) -> None:
@@ -277,90 +359,8 @@ def _chosen(pairs: Pairs, layers: _Layers, target: str | tuple[str, ...]) -> dic
     return {name: one for name, one in able.items() if matches(one[0], patterns)}
 
 
-def _sizes(slabs: Iterable[tuple[int, Tensor, Tensor]]) -> tuple[float, float]:
-    """(||D||^2, ||W||^2)."""
-    squares = weight = 0.0
-    for _, base, part in slabs:
-        squares += float(part.square().sum())
-        weight += float(base.square().sum())
-    return squares, weight
-
-
-def _put(tensors: dict[str, Tensor], path: str, kind: str, a: Tensor, b: Tensor, dtype: torch.dtype) -> None:
-    """B A of a linear layer; of an embedding PEFT has the update as (B A)^T."""
-    if kind == "embedding":
-        named = {"lora_embedding_A": b.T.contiguous(), "lora_embedding_B": a.T.contiguous()}
-    else:
-        named = {"lora_A.weight": a, "lora_B.weight": b}
-    for part, values in named.items():
-        stored = values.to(dtype)
-        bad = ~torch.isfinite(stored)
-        if bool(bad.any()):
-            index, count = int(bad.reshape(-1).to(torch.uint8).argmax()), int(bad.sum())
-            raise NonFiniteError(f"{path}.{part}", index, count, f"the value at flat index {index} overflows {dtype}")
-        tensors[f"{PREFIX}{path}.{part}"] = stored
-
-
-def _save_others(
-    pairs: Pairs, layers: _Layers, report: ExtractReport, tensors: dict[str, Tensor], ranks: dict[str, int]
-) -> None:
-    """Every tensor of the modules that changed and that no low-rank update is for, as it is in the tuned checkpoint."""
-    for name in list(report.uncovered):
-        path = layers.path(name)
-        own = [other for other in pairs.names if layers.path(other) == path]
-        blocked = "its layer has a low-rank update, beside which no copy can be" if path in ranks else ""
-        if not path or any(other in pairs.base.packed for other in own):
-            blocked = "its module is quantized, or has no name"
-        if blocked:
-            report.uncovered[name] = (report.uncovered[name][0], blocked)
-            continue
-        for module in (path, *layers.tied_to(path)):
-            for other in own:
-                leaf = other.rpartition(".")[2]
-                tensors[f"{PREFIX}{module}.{leaf}"] = _whole(pairs, other)
-            if module not in report.saved:
-                report.saved.append(module)
-        del report.uncovered[name]
-
-
 def _whole(pairs: Pairs, name: str) -> Tensor:
     """The tuned tensor, in the dtype that it is stored in (fp32 if that is fp64, bf16 if fp8)."""
     reader = FiniteReader(pairs.tuned.reader(pairs.names[name]))
     values = reader.read(0, math.prod(reader.shape))
     return values.to(reader.dtype, copy=True).view(reader.shape)
-
-
-def _write(
-    directory: Path,
-    pairs: Pairs,
-    layers: _Layers,
-    report: ExtractReport,
-    tensors: dict[str, Tensor],
-    ranks: dict[str, int],
-) -> None:
-    most = Counter(ranks.values()).most_common(1)[0][0]
-    others = {path: r for path, r in ranks.items() if r != most}
-    taken = layers.taken(ranks)
-    names = (pairs.base.source.config() or {}).get("architectures") or []
-    config = {
-        "peft_type": "LORA",
-        "task_type": next((task for name in names if (task := task_type(name))), None),
-        "base_model_name_or_path": report.base,
-        "inference_mode": True,
-        "r": most,
-        "lora_alpha": most,
-        "lora_dropout": 0.0,
-        "target_modules": sorted({path if (leaf := path.rpartition(".")[2]) in taken else leaf for path in ranks}),
-        "exclude_modules": None,
-        "bias": "none",
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": report.saved or None,
-        "init_lora_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "rank_pattern": others,
-        "alpha_pattern": others,
-        "fan_in_fan_out": False,
-    }
-    write_adapter(directory, config, tensors)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 JSON_NAME = "rank.json"
+_COLUMNS = ("of rank", "|D|/|W|", "effective", "stable", "90%", "95%", "99%")
 Progress = Callable[[str, int, int], None]
 
 
@@ -137,7 +138,7 @@ class RankReport:
 
         table = Table()
         table.add_column("kind of layer", overflow="fold")
-        for name in ("layers", "full rank", "|D|/|W|", "effective rank", "stable rank", "90%", "95%", "99%"):
+        for name in ("layers", *_COLUMNS):
             table.add_column(name, justify="right")
         for kind in self.kinds():
             table.add_row(*_cells(kind, kind.kind, f"{kind.layers}"))
@@ -149,10 +150,10 @@ class RankReport:
 
         table = Table()
         table.add_column("weight", overflow="fold")
-        for name in ("full rank", "|D|/|W|", "effective rank", "stable rank", "90%", "95%", "99%"):
+        for name in _COLUMNS:
             table.add_column(name, justify="right")
         for row in self.layers:
-            table.add_row(*_cells(row, row.name))
+            table.add_row(*_cells(row, row.name.removesuffix(".weight")))
         return table
 
 
