@@ -34,7 +34,7 @@ from nybble import nn as layers
 from nybble.cli.shared import load_tokenizer
 from nybble.demo import bible, smollm2
 from nybble.planning.extract import extract
-from nybble.planning.intrinsic import DIMS, IntrinsicConfig, IntrinsicReport, intrinsic
+from nybble.planning.intrinsic import IntrinsicConfig, IntrinsicReport, intrinsic
 from nybble.planning.rank import JSON_NAME, rank
 from nybble.training import TextClassifier, finetune, perplexity
 from nybble.training.data import Labelled
@@ -42,7 +42,9 @@ from nybble.training.data import Labelled
 STEPS, BATCH, SEQ_LEN, LR = 96, 4, 256, 1e-4
 RANKS = (4, 16, 64, 256)
 WINDOW = 512
-TEXTS, HELD_OUT, MAX_LENGTH = 3000, 2000, 64
+TEXTS, HELD_OUT, MAX_LENGTH = 2000, 2000, 64
+#: Coarse first, so that an unfinished sweep has the whole range.
+DIMS = (10, 100, 1_000, 10_000, 100_000, 3_000, 30_000, 300, 30)
 UNFINISHED = 75
 
 

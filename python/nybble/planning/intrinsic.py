@@ -242,7 +242,7 @@ def intrinsic(
         model: as it is before training, in fp32; it is copied for each run.
         train, held_out: texts of the same classes.
         out: a directory for intrinsic.json and intrinsic.svg.
-        dims: of the subspaces, each at most the model's size.
+        dims: of the subspaces, each at most the model's size, in the order in which they are trained.
         seconds: no further run begins after so long; the report then says that it is not complete.
         progress: called with (run, how many are done, how many there are) before each and at the end.
 
@@ -272,7 +272,7 @@ def intrinsic(
     }
     report = IntrinsicReport(size, model.classes, len(train), len(held_out), majority, settings, unused=unused)
     _take_up(report, out)
-    wanted = [FULL, PROBE, *map(str, sorted(set(dims)))]
+    wanted = [FULL, PROBE, *map(str, dict.fromkeys(dims))]
     started = time.monotonic()
     for done, name in enumerate(wanted):
         if report.run(name) is not None:
