@@ -146,6 +146,21 @@ def test_ranks_that_differ_are_a_pattern(write: Write, tmp_path: Path) -> None:
     assert json.loads(json.dumps(report.to_dict(), allow_nan=False))
 
 
+def test_what_has_no_counterpart_is_named(write: Write, tmp_path: Path) -> None:
+    base = {"a.weight": torch.zeros(4, 4), "b.weight": torch.zeros(4, 4), "weight": torch.zeros(3, 3)}
+    tuned = {
+        "a.weight": torch.ones(4, 4),
+        "b.weight": torch.ones(5, 4),
+        "c.bias": torch.ones(2),
+        "weight": torch.eye(3),
+    }
+    report = extract(write("base", base), write("tuned", tuned), tmp_path / "out", 1)
+    assert [row.path for row in report.rows] == ["a"]
+    assert "only in TUNED, and not in the adapter: c.bias" in report.notes
+    assert "reshaped, and not in the adapter: b.weight" in report.notes
+    assert report.uncovered["weight"][1] == "not a layer's weight"
+
+
 def test_what_it_does_not_hold_is_named(models: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = models
     report = extract(base, tuned, tmp_path / "out", 4, target="*.1.self_attn.*")

@@ -70,7 +70,7 @@ def command(
     console.print(report.table())
     console.print(
         f"{report.size:,} numbers move with z; {report.texts:,} texts of {report.classes} classes, "
-        f"{report.held_out:,} held out",
+        f"{report.held_out:,} held out: a standard error of {0.5 / report.held_out**0.5:.1%} at most",
         highlight=False,
     )
     for reading in report.readings():

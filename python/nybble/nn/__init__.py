@@ -13,6 +13,7 @@ from .prefix import Prefix, PrefixConfig, add_prefix
 from .prompt import Prompt, PromptConfig, add_prompt
 from .quantize import QuantizeReport, count_parameters, quantize_
 from .residual import ResidualRow, init_from_residual
+from .subspace import Subspace, add_subspace
 from .tokens import VirtualReport
 from .virtual import VirtualTokens
 
@@ -35,6 +36,7 @@ __all__ = [
     "QuantLinear",
     "QuantizeReport",
     "ResidualRow",
+    "Subspace",
     "TrainedCopy",
     "VirtualReport",
     "VirtualTokens",
@@ -42,6 +44,7 @@ __all__ = [
     "add_lora",
     "add_prefix",
     "add_prompt",
+    "add_subspace",
     "count_parameters",
     "delete_adapter",
     "init_from_residual",

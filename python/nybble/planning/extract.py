@@ -123,7 +123,7 @@ class _Layers:
 
     def kind(self, name: str) -> tuple[str, str]:
         """("linear", ""), ("embedding", ""), or ("", why a LoRA cannot change this matrix)."""
-        if name != "weight" and not name.endswith(".weight"):
+        if not name.endswith(".weight"):
             return "", "not a layer's weight"
         if self._known is None:
             return self._kind_by_name(name)
@@ -197,6 +197,9 @@ def extract(
     for origin in (base, tuned):
         check_outside(Path(origin), Path(dst))
     report = ExtractReport(str(base), str(tuned), str(dst), notes=list(pairs.notes))
+    for what, odd in (("only in BASE", pairs.missing), ("only in TUNED", pairs.extra), ("reshaped", pairs.reshaped)):
+        if odd:
+            report.notes.append(f"{what}, and not in the adapter: {', '.join(odd)}")
     layers = _Layers(pairs, report.notes)
     chosen = _chosen(pairs, layers, target)
     work = _Work(pairs, layers, report, dtype, device, method)
