@@ -28,9 +28,11 @@ from typing import Any
 import harness
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 import nybble
 from nybble import nn as layers
+from nybble.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter, write_adapter
 from nybble.cli.shared import load_tokenizer
 from nybble.demo import bible, smollm2
 from nybble.planning.extract import extract
@@ -42,7 +44,7 @@ from nybble.training.data import Labelled
 STEPS, BATCH, SEQ_LEN, LR = 96, 4, 256, 1e-4
 RANKS = (4, 16, 64, 256)
 WINDOW = 512
-TEXTS, HELD_OUT, MAX_LENGTH = 2000, 2000, 64
+TEXTS, HELD_OUT, MAX_LENGTH = 1500, 1500, 64
 #: Coarse first, so that an unfinished sweep has the whole range.
 DIMS = (10, 100, 1_000, 10_000, 100_000, 3_000, 30_000, 300, 30)
 UNFINISHED = 75
@@ -115,14 +117,17 @@ def full(args: argparse.Namespace) -> None:
 
 def contestants(base: Path, after: Path, out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
     """What is judged by its perplexity."""
+    largest = out / f"rank-{RANKS[-1]}-others"
 
     def extracted(r: int, others: bool) -> dict[str, Any]:
+        if not (largest / CONFIG_NAME).exists():
+            extract(base, after, largest, RANKS[-1], save_others=True, method="gram").write(out / "extract.json")
         folder = out / f"rank-{r}{'-others' if others else ''}"
-        report = extract(base, after, folder, r, save_others=others, method="gram")
-        return {
-            "parameters": report.parameters, "energy kept": report.kept_covered, "of all changes": report.kept,
-            "perplexity": judged(base, base, folder),
-        }  # fmt: skip
+        if folder != largest:
+            cut(largest, folder, r, others)
+        kept, changed = energies(json.loads((out / "rank" / JSON_NAME).read_text()), r)
+        parameters = sum(layer.r * sum(layer.shape) for layer in read_adapter(folder).layers.values())
+        return {"parameters": parameters, "energy kept": kept / changed, "perplexity": judged(base, base, folder)}
 
     result: dict[str, Callable[[], dict[str, Any]]] = {
         "before": lambda: {"perplexity": judged(base, base)},
@@ -133,6 +138,32 @@ def contestants(base: Path, after: Path, out: Path) -> dict[str, Callable[[], di
     for r in RANKS[-2:]:
         result[f"LoRA of rank {r}, embedding and norms in full"] = lambda r=r: extracted(r, True)
     return result
+
+
+def cut(source: Path, folder: Path, r: int, others: bool) -> None:
+    """The adapter that `nybble extract` writes for a lower rank: its factors are the first of the larger one's."""
+    config = json.loads((source / CONFIG_NAME).read_text())
+    pattern = {path: rank for path, rank in config["rank_pattern"].items() if rank < r}
+    config |= {"r": r, "lora_alpha": r, "rank_pattern": pattern, "alpha_pattern": pattern}
+    tensors = {}
+    for name, value in load_file(source / WEIGHTS_NAME).items():
+        if name.endswith(("lora_A.weight", "lora_B.weight")):
+            tensors[name] = (value[:r] if name.endswith("A.weight") else value[:, :r]).contiguous()
+        elif others:
+            tensors[name] = value
+    if not others:
+        config["modules_to_save"] = None
+    write_adapter(folder, config, tensors)
+
+
+def energies(report: dict[str, Any], r: int) -> tuple[float, float]:
+    """(what rank r keeps, the whole) of the squared changes of the linear layers."""
+    kept = changed = 0.0
+    for row in report["layers"]:
+        if row["kind"] != "embed_tokens":
+            kept += sum(value**2 for value in row["singular_values"][:r])
+            changed += row["norm"] ** 2
+    return kept, changed
 
 
 def judged(directory: Path, base: Path, adapter: Path | None = None) -> float:

@@ -188,6 +188,12 @@ def test_what_cannot_be_compared_is_refused(write: Write, tmp_path: Path) -> Non
         plot_spectra({"layers": []}, tmp_path / "x.svg")
 
 
+def test_blocks_come_in_the_order_of_their_numbers(write: Write) -> None:
+    names = [f"layers.{i}.q_proj.weight" for i in (0, 2, 10)]
+    base, tuned = ({name: torch.full((4, 4), value) for name in names} for value in (1.0, 2.0))
+    assert [row.name for row in rank(write("base", base), write("tuned", tuned)).layers] == names
+
+
 def test_kinds_stay_apart() -> None:
     names = [f"encoder.layer.{i}.{part}.weight" for i in (0, 1) for part in ("attention.output.dense", "output.dense")]
     kinds = kinds_of([*names, "encoder.layer.0.attention.self.query.weight", "embeddings.word_embeddings.weight"])

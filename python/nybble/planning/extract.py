@@ -24,6 +24,7 @@ from ..checkpoint.writer import Staging
 from ..errors import CheckpointError, NonFiniteError
 from ..nn.names import matches, patterns_of, require_matches
 from .difference import Pairs, pair, tied_table
+from .plots import in_order
 from .rank import Progress, check_device, check_method, ratio
 from .spectrum import energy_rank, factors, spectrum
 
@@ -203,7 +204,7 @@ def extract(
     layers = _Layers(pairs, report.notes)
     chosen = _chosen(pairs, layers, target)
     work = _Work(pairs, layers, report, dtype, device, method)
-    names = pairs.matrices
+    names = sorted(pairs.matrices, key=in_order)
     for done, name in enumerate(names):
         if progress is not None:
             progress(name, done, len(names))

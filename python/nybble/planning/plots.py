@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def in_order(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names of weights with their numbers as numbers: block 2 before block 10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
+
+
 def _figure(width: float, height: float) -> Any:
     """An empty figure that needs no display. Raises ImportError saying what to install."""
     try:
@@ -45,7 +50,7 @@ def plot_spectra(report: dict[str, Any], path: str | Path | IO[bytes]) -> None:
     """Singular values by kind of layer, and how much of the rank keeps 90% of the energy, block by block.
 
     Left: the median over a kind's layers of every singular value, relative to the layer's largest, over its place as a
-    share of the full rank. Right: rank_90 of every layer, in the order of the checkpoint; the dashed lines are the full
+    share of the full rank. Right: rank_90 of every layer, in the order of the blocks; the dashed lines are the full
     ranks.
 
     Args:
@@ -62,7 +67,7 @@ def plot_spectra(report: dict[str, Any], path: str | Path | IO[bytes]) -> None:
 
     left, right = figure.subplots(1, 2)
     groups: dict[str, list[dict[str, Any]]] = {}
-    for row in report["layers"]:
+    for row in sorted(report["layers"], key=lambda row: in_order(row["name"])):
         groups.setdefault(row["kind"], []).append(row)
     colors = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"]
     for index, (kind, rows) in enumerate(groups.items()):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint.writer import Staging
 from .difference import Pairs, pair
+from .plots import in_order, plot_spectra
 from .spectrum import ENERGIES, Spectrum, effective_rank, energy_rank, spectrum, stable_rank
 
 if TYPE_CHECKING:
@@ -113,8 +114,6 @@ class RankReport:
         Raises:
             StorageFullError: the disk is full; files that were there are untouched.
         """
-        from .plots import plot_spectra
-
         content = self.to_dict()
         names = [JSON_NAME]
         with Staging(directory) as staging:
@@ -231,7 +230,7 @@ def rank(
         str(base), str(tuned), missing=pairs.missing, extra=pairs.extra, reshaped=pairs.reshaped, tied=pairs.tied,
         notes=list(pairs.notes),
     )  # fmt: skip
-    names = pairs.matrices
+    names = sorted(pairs.matrices, key=in_order)
     kinds = kinds_of(names)
     for done, name in enumerate(names):
         if progress is not None:
