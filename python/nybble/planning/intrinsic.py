@@ -46,7 +46,8 @@ class IntrinsicConfig:
         epochs, batch_size, seed: as in `TrainConfig`; the schedule is cosine after a warm-up of 6% of the steps. dtype:
             "fp32" (movements in a subspace are smaller than what bf16 can add to a weight) or "bf16".
         step: of a run in a subspace. Its learning rate is step / sqrt(d), so that a step of Adam, which moves every
-            number by about the learning rate, moves the model by about as much for every d.
+            number by about the learning rate, moves the model by about as much for every d. The default is for a model
+            of 23 M (MiniLM: after 20 steps at d = 3,000 the loss was 2.90 with 16, 3.69 with 4).
         lr: of full fine-tuning. head_lr: of the new head, there and in the probe, and beside a subspace if head is
             "trained".
         head: "subspace": the head moves in the subspace with the rest, and d is all that is trained. "trained": it is
@@ -58,7 +59,7 @@ class IntrinsicConfig:
     batch_size: int = 32
     seed: int = 0
     dtype: str = "fp32"
-    step: float = 0.5
+    step: float = 16.0
     lr: float = 1e-4
     head_lr: float = 1e-2
     head: str = "subspace"
