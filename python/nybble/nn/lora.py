@@ -389,5 +389,5 @@ def _squares(base: QuantLinear | nn.Linear) -> Tensor:
     return torch.linalg.vector_norm(whole, dim=1, dtype=torch.float32).square_()
 
 
-# All that torch.compiler.assume_constant_result does, beside importing torch's compiler: 1.5 s of every program's start.
+# All that torch.compiler.assume_constant_result does, beside importing torch's compiler: 1.5 s of a program's start.
 _squares._dynamo_marked_constant = True  # type: ignore[attr-defined]
