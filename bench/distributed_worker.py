@@ -139,7 +139,8 @@ def main() -> None:
         dist.init_process_group("gloo")
     rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     full = job.method == "full"
-    model = nybble.load(job.model, dtype=torch.float32 if full else None)
+    # fp32 is no autocast: what is not packed is then to be fp32 itself.
+    model = nybble.load(job.model, dtype=torch.float32 if full or job.dtype == "fp32" else None)
     if full:
         train_all(model)
     else:
