@@ -253,10 +253,12 @@ def acting(model: nn.Module, names: Sequence[str | None]) -> Iterator[Callable[[
 def _token_ids(tokenizer: Any, prompts: Any) -> list[list[int]]:
     several = not isinstance(prompts, str) and not (len(prompts) and isinstance(prompts[0], int))
     texts = []
-    for number, prompt in enumerate(prompts if several else [prompts]):
+    given = prompts if several else [prompts]
+    for number, prompt in enumerate(given):
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
-            raise ValueError(f"prompt {number} is empty: no tokens came out of it")
+            which = f"prompt {number}" if len(given) > 1 else "prompt"
+            raise ValueError(f"{which} is empty: no tokens came out of it")
         texts.append(list(ids))
     if not texts:
         raise ValueError("prompts is empty; give at least one")
