@@ -46,7 +46,7 @@ RANKS = (4, 16, 64, 256)
 WINDOW = 512
 TEXTS, HELD_OUT, MAX_LENGTH = 1500, 1500, 64
 #: The middle first, so that an unfinished sweep tells most.
-DIMS = (10_000, 1_000, 100_000, 100, 3_000, 30_000, 10, 300, 30)
+DIMS = (10_000, 100_000, 1_000, 1_000_000, 100, 30_000, 3_000, 10, 300)
 UNFINISHED = 75
 
 

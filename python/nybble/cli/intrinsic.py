@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-_DIMS = "10,30,100,300,1000,3000,10000,30000,100000"
+_DIMS = "10,30,100,300,1000,3000,10000,30000,100000,300000,1000000"
 
 
 def command(

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 JSON_NAME = "intrinsic.json"
-DIMS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+DIMS = (10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000, 300_000, 1_000_000)
 SHARE = 0.9
 FULL, PROBE = "full", "probe"
 
