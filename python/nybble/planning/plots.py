@@ -124,7 +124,7 @@ def plot_intrinsic(report: dict[str, Any], path: str | Path | IO[bytes]) -> None
     curve = sorted((run for run in report["runs"] if run["dims"]), key=lambda run: run["dims"])
     if not curve:
         raise ValueError("report: no run in a subspace, there is nothing to plot")
-    figure = _figure(8, 4.8)
+    figure = _figure(8, 5.6)
     axes = figure.subplots()
     axes.plot(
         [run["dims"] for run in curve], [100 * run["accuracy"] for run in curve], "o-", color="#1f4e8c",
@@ -148,5 +148,5 @@ def plot_intrinsic(report: dict[str, Any], path: str | Path | IO[bytes]) -> None
     axes.set(xscale="log", xlabel="d, trained numbers", ylabel="held-out accuracy, %", title="intrinsic dimension")
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="x-small", loc="lower right")
+    axes.legend(fontsize="x-small", loc="upper center", bbox_to_anchor=(0.5, -0.14), ncol=2)
     _save(figure, path)
