@@ -257,6 +257,13 @@ def _notes(shape: Shape, work: Work) -> Iterator[str]:
             f"a mixture of {shape.experts} experts: LoRA and DoRA stand beside the attention's layers only, experts "
             "are frozen; what they keep is counted for the experts that act, and has not been measured"
         )
+    if shape.stored == "float32" and not shape.quantized:
+        yield (
+            "config.json says float32, and `nybble finetune` keeps what it does not quantize as it is: the rows here "
+            "are those of a bf16 copy"
+        )
+    if not shape.head:
+        yield "it has no head over a vocabulary: what a classifier's head takes is left out, and was not measured"
     if not shape.gated:
         yield "its feed-forward is not gated: what its layers keep is counted by the same rules, but was not measured"
     if work.device == "cpu":
@@ -276,9 +283,8 @@ def _notes(shape: Shape, work: Work) -> Iterator[str]:
 
 def _advice(shape: Shape, work: Work, memory: Memory) -> Iterator[str]:
     """Where no training fits: what would, or how much is missing."""
-    way = next(way for way in reversed(tuple(_ways(shape))) if way.key in ("qlora", "lora", "full"))
-    ways = {w.key: w for w in _ways(shape)}
-    way = ways.get("qlora") or way
+    ways = {way.key: way for way in _ways(shape)}
+    way = next(ways[key] for key in ("qlora", "lora", "full", "prompt") if key in ways)
 
     def needs(changed: Work, checkpointing: bool = True) -> int:
         return estimate(shape, way.method, way.base, changed, checkpointing).total

@@ -22,6 +22,8 @@ FIRST_USE = 35_000_000
 #: The kernels that torch's oneDNN generates, where it multiplies: every base but a quantized one. Measured alike: 47 to
 #: 53 MB with FIRST_USE.
 GENERATED = 16_000_000
+#: The same of a process that only generates, whatever the base: 19 to 28 MB.
+FORWARD_USE = 24_000_000
 #: The same of CUDA, in the GPU's memory: context and library handles. An assumption.
 CUDA_CONTEXT = 600_000_000
 #: torch's CUDA allocator takes segments of 2 and 20 MB and rounds large ones up to 2 MB. An assumption.
@@ -136,8 +138,9 @@ def _resident(shape: Shape, method: str, base: str, work: Work) -> list[Line]:
         lines.append(_line("runtime", "CUDA context and handles (assumed)", CUDA_CONTEXT))
     else:
         lines.append(_line("runtime", "Python, torch, transformers after their imports (measured)", IMPORTS))
-        lines.append(_line("runtime", "threads' stacks, library pages of the first step (measured)", FIRST_USE))
-        if base != "nf4":
+        first = FORWARD_USE if method == "inference" else FIRST_USE
+        lines.append(_line("runtime", "threads' stacks, library pages of the first step (measured)", first))
+        if base != "nf4" and method != "inference":
             lines.append(_line("runtime", "kernels that oneDNN generates for products (measured)", GENERATED))
     return lines
 

@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,7 @@ class Shape:
         head: whether there is a head over the vocabulary: a causal language model; else an encoder.
         matrices: all linear layers but the head.
         parameters: all of them, tied ones once. quantized: whether config.json says that the weights are packed.
+        stored: the dtype that config.json names, if it does.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Shape:
     head: bool = True
     experts: int = 0
     quantized: bool = False
+    stored: str | None = None
 
     @property
     def queries(self) -> int:
@@ -241,8 +243,10 @@ def _of_config(file: Path) -> Shape:
         raise CheckpointError(f"{file}: holds a {type(config).__name__}; a JSON object is needed")
     name = file.parent.resolve().name if file.name == "config.json" else file.stem
     if find_spec("transformers") is not None:
-        return _of_skeleton(file, name, "quantization_config" in config)
-    return _of_fields(file, name, config)
+        shape = _of_skeleton(file, name, "quantization_config" in config)
+    else:
+        shape = _of_fields(file, name, config)
+    return replace(shape, stored=config.get("dtype") or config.get("torch_dtype"))
 
 
 # ---- by transformers -------------------------------------------------------------------------------------------------
