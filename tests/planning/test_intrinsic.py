@@ -169,6 +169,13 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_the_rate_of_a_subspace_meets_full_fine_tunings() -> None:
+    config = IntrinsicConfig(step=16.0, lr=1e-4)
+    assert config.subspace_lr(100, 10**7) == pytest.approx(1.6)
+    assert config.subspace_lr(10**6, 10**7) == pytest.approx(1e-3)
+    assert config.subspace_lr(10**7, 10**7) == pytest.approx(1e-4)
+
+
 def test_a_head_has_a_learning_rate_of_its_own() -> None:
     model = classifier()
     train_all(model)

@@ -23,7 +23,9 @@ def command(
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Texts in one forward pass.")] = 32,
     max_length: Annotated[int, typer.Option(help="Tokens of a text; longer ones are cut.")] = 64,
     pooling: Annotated[str, typer.Option(help="What the head reads: mean, cls or last.")] = "mean",
-    step: Annotated[float, typer.Option(help="In a subspace: the learning rate is step / sqrt(d).")] = 16.0,
+    step: Annotated[
+        float, typer.Option(help="In a subspace: the learning rate is step / sqrt(d), at most lr * size / d.")
+    ] = 16.0,
     lr: Annotated[float, typer.Option(help="Of full fine-tuning.")] = 1e-4,
     head_lr: Annotated[float, typer.Option(help="Of the new head, there and in the linear probe.")] = 1e-2,
     head: Annotated[
