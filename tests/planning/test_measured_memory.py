@@ -25,10 +25,10 @@ MAPPED = 1 << 16
 
 # method, base, batch, seq, checkpointing, optimizer, rank
 CONFIGURATIONS = (
-    ("lora", "nf4", 3, 256, False, "adamw", 16),
-    ("lora", "nf4", 1, 768, True, "adamw", 64),
+    ("lora", "nf4", 4, 256, False, "adamw", 16),
+    ("lora", "nf4", 1, 1024, True, "adamw", 64),
     ("lora", "bf16", 2, 384, False, "adamw8bit", 16),
-    ("lora", "bf16", 3, 256, True, "adamw", 16),
+    ("lora", "bf16", 4, 256, True, "adamw", 16),
     ("bottleneck", "nf4", 2, 384, False, "adamw", 16),
     ("prefix", "bf16", 3, 256, False, "adamw", 16),
     ("full", "fp32", 1, 256, False, "adamw", 16),
