@@ -4,7 +4,7 @@ python bench/plan.py table|measured|scaling|all [--keep DIR] [--seconds N]
 
 table     Llama-3.1-8B on a machine of 24 GB
 measured  the Llama of 170 M parameters of finetune.py: predictions beside peaks, each of a process of its own; once
-          with malloc giving back freed blocks (what is held), once with glibc's heap as a run has it by default
+          with --low-memory (what is held), once with glibc's heap as a run has it by default
 scaling   Llama-3.1-70B and 405B on 8, 16 and 64 GPUs
 
 What has been measured is kept in DIR and not measured again; --seconds: begin no further measurement after so many.
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +29,6 @@ import nybble.cli.plan as command
 from nybble.planning import BUILT_IN, Cluster, Work, estimate, find_shape, plan, scaled_step
 
 WORKER = Path(__file__).resolve().parents[1] / "tests" / "planning" / "measured_step.py"
-MAPPED = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16)}
 # method, base, batch, seq, checkpointing, optimizer, rank
 CONFIGURATIONS = (
     ("lora", "nf4", 4, 256, False, "adamw", 16),
@@ -56,19 +54,18 @@ def table(args: argparse.Namespace) -> None:
     command.show(found, [found.row("qlora")])
 
 
-def _measure(configuration: tuple[Any, ...], mapped: bool, directory: Path) -> int:
+def _measure(configuration: tuple[Any, ...], low_memory: bool, directory: Path) -> int:
     """The peak above the imports; from a file if it was measured before."""
-    name = "-".join(map(str, (*configuration, "mapped" if mapped else "heap")))
+    name = "-".join(map(str, (*configuration, "held" if low_memory else "heap")))
     kept = directory / f"{name}.json"
     if not kept.exists():
         model = directory / ("nf4" if configuration[1] == "nf4" else "bf16")
         job = {**dict(zip(FIELDS, configuration, strict=True)), "model": str(model), "steps": 2}
-        environment = {**os.environ, **(MAPPED if mapped else {})}
+        job["low_memory"] = low_memory
         done = subprocess.run(
             [sys.executable, str(WORKER), json.dumps(job)],
             stdout=subprocess.PIPE,
             text=True,
-            env=environment,
             check=True,
         )
         kept.write_text(done.stdout.splitlines()[-1])
@@ -90,7 +87,7 @@ def measured(args: argparse.Namespace) -> None:
         if time.perf_counter() - args.started > args.seconds:
             print("more is to be measured: call again with the same --keep")
             break
-        held, heap = (_measure(configuration, mapped, directory) for mapped in (True, False))
+        held, heap = (_measure(configuration, low_memory, directory) for low_memory in (True, False))
         work = Work(batch=batch, seq=seq, rank=rank, optimizer=optimizer)
         predicted = estimate(shape, method, base, work, checkpointing).above_imports
         error = predicted / held - 1

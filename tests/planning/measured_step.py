@@ -1,7 +1,7 @@
 """A process that trains a few steps and tells how much memory it took: what predictions are held against.
 
 python measured_step.py JOB      JOB: JSON of `model` (a directory), `method`, `base`, `batch`, `seq`, `checkpointing`,
-    `optimizer`, `rank`, `steps`
+    `optimizer`, `rank`, `steps`, `low_memory`
 
 Prints a line of JSON: the peak above what the process held after its imports, in bytes, and the CPU's seconds. Pages
 of the mapped checkpoint that were read count as held.
@@ -44,6 +44,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         seq_len=seq,
         gradient_checkpointing=job["checkpointing"],
         optimizer=job["optimizer"],
+        low_memory=job["low_memory"],
     )
     started = time.process_time()
     nybble.finetune(model, ids, config, show=False)

@@ -16,7 +16,7 @@ import nybble
 from nybble.nn.adapters import acting_parameters
 from nybble.planning import BUILT_IN, Work, estimate, plan, shape_of
 from nybble.planning import machine as machine_module
-from nybble.planning.choose import MAPPED, WAYS
+from nybble.planning.choose import LOW_MEMORY, WAYS
 from nybble.planning.work import (
     BASES,
     METHODS,
@@ -155,8 +155,8 @@ def test_methods_are_ordered_as_they_must_be(name: str, work: Work) -> None:
     assert total("lora", "nf4") < total("lora", "bf16") <= total("dora", "bf16") < total("full", "fp32")
     lora = estimate(BUILT_IN[name], "lora", "bf16", work).part("optimizer")
     eight = estimate(BUILT_IN[name], "lora", "bf16", replace(work, optimizer="adamw8bit")).part("optimizer")
-    if work.optimizer == "adamw":
-        assert eight < lora
+    if work.optimizer == "adamw":  # of very few parameters the moments stay in fp32
+        assert eight < lora if work.rank >= 16 else eight <= lora
 
 
 # ---- the plan --------------------------------------------------------------------------------------------------------
@@ -178,17 +178,17 @@ def test_commands_are_those_of_the_package() -> None:
     found = plan("Llama-3.1-8B", 24e9, batch=2, seq=512, rank=8, optimizer="adamw8bit")
     quantize, finetune = found.row("qlora").commands
     assert quantize == "nybble quantize path/to/Llama-3.1-8B path/to/Llama-3.1-8B-nf4"
-    assert finetune.removeprefix(f"{MAPPED} ") == (
+    assert finetune.removesuffix(f" {LOW_MEMORY}") == (
         "nybble finetune path/to/Llama-3.1-8B-nf4 TEXT RUN_DIR --rank 8 --batch-size 2 --seq-len 512 "
         "--optimizer adamw8bit"
     )
     tight = plan("Llama-3.1-8B", 24e9).row("lora")
-    assert tight.fits == "with checkpointing" and tight.commands[0].endswith("--gradient-checkpointing")
+    assert tight.fits == "with checkpointing" and "--gradient-checkpointing" in tight.commands[0]
 
 
-def test_where_memory_is_scarce_malloc_is_told_to_give_it_back() -> None:
+def test_where_memory_is_scarce_a_run_gives_it_back() -> None:
     scarce, ample = (plan("SmolLM2-135M", size).row("lora").commands[-1] for size in (4e9, 400e9))
-    assert scarce.startswith(f"{MAPPED} nybble finetune") and ample.startswith("nybble finetune")
+    assert scarce.endswith(LOW_MEMORY) and LOW_MEMORY not in ample
 
 
 def test_where_nothing_fits_it_says_what_would() -> None:

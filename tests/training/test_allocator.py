@@ -12,9 +12,12 @@ from nybble.training import allocator
 from nybble.training.mode import frozen_garbage
 
 FAULTS = """
-import resource, sys, torch
+import ctypes, resource, sys, torch
 from contextlib import nullcontext
 from nybble.training.allocator import kept_heap
+
+# Blocks are mapped as in a fresh process, whatever the imports have freed: M_MMAP_THRESHOLD.
+ctypes.CDLL(None).mallopt(-3, 128 << 10)
 
 def step():
     blocks = [torch.ones(3 << 18) for _ in range(30)]  # 3 MiB each
@@ -47,6 +50,29 @@ def test_steps_take_no_new_pages_and_all_are_returned() -> None:
     plain, resident = faults("plain")
     assert kept < pages / 100 < plain
     assert resident_kept <= resident + (16 << 20)
+
+
+HOLES = """
+import resource, sys, torch
+from contextlib import nullcontext
+from nybble.training.allocator import LEAST, returned_heap
+
+with returned_heap(LEAST) if sys.argv[1] == "returned" else nullcontext():
+    torch.ones(1 << 20).sum()
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+    before = resident()
+    blocks = [torch.ones(1 << 18) for _ in range(200)]  # 1 MiB each
+    del blocks[::2]
+    print(resident() - before)
+"""
+
+
+@pytest.mark.skipif(allocator._glibc() is None, reason="this is about glibc's malloc")
+def test_a_returned_heap_has_no_holes() -> None:
+    command = [sys.executable, "-c", HOLES, "returned"]
+    result = subprocess.run(command, env={"PATH": ""}, capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 110 << 20  # of 200 MiB that there were
 
 
 @pytest.mark.skipif(allocator._glibc() is None, reason="this is about glibc's malloc")

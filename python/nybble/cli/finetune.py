@@ -56,6 +56,7 @@ def command(
     max_grad_norm: Annotated[float, _option("max_grad_norm")] = TrainConfig.max_grad_norm,
     ema_decay: Annotated[float, _option("ema_decay")] = TrainConfig.ema_decay,
     gradient_checkpointing: Annotated[bool, _option("gradient_checkpointing")] = TrainConfig.gradient_checkpointing,
+    low_memory: Annotated[bool, _option("low_memory")] = TrainConfig.low_memory,
     dtype: Annotated[str, _option("dtype")] = TrainConfig.dtype,
     eval_data: Annotated[Path | None, typer.Option(help="Held-out data, in the same forms as DATA.")] = None,
     val_fraction: Annotated[float, _option("val_fraction")] = TrainConfig.val_fraction,

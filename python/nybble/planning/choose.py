@@ -39,10 +39,10 @@ WAYS = (
     Way("dora", "DoRA (bf16)", "dora", "bf16", "where LoRA at low rank falls short; slower"),
     Way("full", "full (fp32)", "full", "fp32", "much data, a new language or domain"),
 )
-#: Said before a command where memory is scarce: malloc then maps blocks from 64 KiB on, and gives them back when they
-#: are freed. glibc's heap cannot use the hole of an aligned block for the next one of that size, and grows.
-MAPPED = "MALLOC_MMAP_THRESHOLD_=65536"
-#: Of the free memory, from where on that is said: the heap held up to 2.6 times what is counted above the imports.
+#: Part of a command where memory is scarce: what is freed is then given back at once. glibc's heap cannot use the hole
+#: of an aligned block for the next one of that size, and grows.
+LOW_MEMORY = "--low-memory"
+#: Of the free memory, from where on that is done: the heap held up to 2.6 times what is counted above the imports.
 _SCARCE = 0.35
 #: What is recommended, of the ways that fit: the first of these.
 _PREFERRED = ("lora", "qlora", "bottleneck", "prefix", "prompt", "prompting", "prompting-nf4")
@@ -212,7 +212,7 @@ def _row(way: Way, shape: Shape, work: Work, memory: Memory, path: Path | None) 
         commands = tuple(_commands(way, shape, work, fits == "with checkpointing", path))
         total = plain.total if fits == "yes" or checkpointed is None else checkpointed.total
         if checkpointed is not None and work.device == "cpu" and shape.head and total > _SCARCE * memory.free:
-            commands = (*commands[:-1], f"{MAPPED} {commands[-1]}")
+            commands = (*commands[:-1], f"{commands[-1]} {LOW_MEMORY}")
     return Row(way, plain, checkpointed, fits, commands)
 
 
@@ -269,9 +269,9 @@ def _notes(shape: Shape, work: Work) -> Iterator[str]:
     if work.device == "cpu":
         yield "weights are counted as resident; pages of a mapped checkpoint can be given back when memory is short"
         yield (
-            "counted is what training holds. Beyond that glibc's heap keeps holes, above all of small models with "
-            f"checkpointing; {MAPPED} in the environment gives them back, at the price of page faults "
-            "(12 to 31% of the CPU time at hidden size 1,024)"
+            f"counted is what training holds with {LOW_MEMORY}. Without it glibc's heap keeps holes beside, 1.2 to 2.6 "
+            "times as much in all, most of it with small models and checkpointing; giving them back takes 12 to 31% of "
+            "a step's CPU time at hidden size 1,024"
         )
     if work.device != "cpu":
         yield (

@@ -134,14 +134,14 @@ def scaled_step(shape: Shape, method: str, base: str, work: Work, cluster: Clust
 def traffic(shape: Shape, method: str, base: str, work: Work, cluster: Cluster) -> tuple[int, int]:
     """(bytes gathered, bytes reduced) in a step, of whole tensors.
 
-    FSDP2: every layer and the embedding twice (that of a frozen embedding too, as FSDP2 gathers ahead in the backward
-    pass), the head and the last norm once. What is reduced is the fp32 gradient of what is trained.
+    FSDP2: every layer twice, the embedding, the head and the last norm once. What is reduced is the fp32 gradient of
+    what is trained.
     """
     trained = 4 * trained_count(shape, method, work)
     if cluster.sharding == "ddp" or cluster.ranks == 1:
         return 0, trained if cluster.ranks > 1 else 0
     layers, embedding, outer = _units(shape, method, base, work)
-    return 2 * (layers + embedding) + outer, trained
+    return 2 * layers + embedding + outer, trained
 
 
 def _units(shape: Shape, method: str, base: str, work: Work) -> tuple[int, int, int]:

@@ -24,7 +24,7 @@ _CHOICES = {
 
 # What may differ between a run and its continuation: none of it changes a bit of the result, but how many processes
 # there are, which changes the order of sums and is told.
-_FREE = ("out_dir", "plot", "log_every", "save_every", "keep_checkpoints", "tensorboard", "parallel")
+_FREE = ("out_dir", "plot", "log_every", "save_every", "keep_checkpoints", "tensorboard", "parallel", "low_memory")
 
 
 def _either(allowed: tuple[str, ...]) -> str:
@@ -87,6 +87,13 @@ class TrainConfig:
     )
     gradient_checkpointing: bool = field(
         default=False, metadata=_help("keep only layer inputs and recompute the rest in the backward pass")
+    )
+    low_memory: bool = field(
+        default=False,
+        metadata=_help(
+            "on the CPU under Linux, give memory back as soon as it is freed: no more is held than tensors take, and "
+            "steps take longer"
+        ),
     )
     dtype: str = field(
         default="bf16", metadata=_help("bf16: autocast to bfloat16; fp32: no autocast, the model's own dtypes")

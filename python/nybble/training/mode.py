@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ..recomputation import saving_first
-from .allocator import kept_heap
+from .allocator import LEAST, kept_heap, returned_heap
 from .config import TrainConfig
 
 
@@ -63,7 +63,9 @@ def training_mode(model: nn.Module, config: TrainConfig, keep_heap: bool = True)
     with ExitStack() as stack:
         stack.enter_context(frozen_garbage())
         on_cpu = next(model.parameters()).device.type == "cpu"
-        if on_cpu and keep_heap:
+        if on_cpu and config.low_memory:
+            stack.enter_context(returned_heap(LEAST))
+        elif on_cpu and keep_heap:
             stack.enter_context(kept_heap())
         if config.fused and on_cpu:
             from .lean import lean
