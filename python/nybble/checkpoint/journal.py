@@ -24,6 +24,9 @@ _VERSION = 1
 # What a lock that somebody else holds looks like; anything else says that the file system cannot lock.
 _TAKEN = {errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES}
 
+# A place in the file that no journal comes to.
+_UNUSED = (1 << 31) - 2
+
 
 class BusyError(CheckpointError):
     """Another process is writing to the same directory."""
@@ -38,7 +41,10 @@ def _lock(file: BinaryIO, path: Path) -> bool:
         if os.name == "nt":
             import msvcrt
 
+            # No one else can read a byte that is locked there, and others look for whose journal this is.
+            file.seek(_UNUSED)
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
+            file.seek(0)
         else:
             import fcntl
 
@@ -126,6 +132,8 @@ class Journal:
 
     def remove(self) -> None:
         """The work is over: remove the file, which is the last step."""
+        if os.name == "nt":  # where no file that is open can be removed
+            self._file.close()
         self.path.unlink(missing_ok=True)
         self._file.close()
 
