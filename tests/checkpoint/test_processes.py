@@ -330,16 +330,29 @@ def test_the_command_with_processes(source: Path, tmp_path: Path) -> None:
 
 
 def test_two_agents_of_torchrun(source: Path, tmp_path: Path) -> None:
-    """Two machines, as far as one can be two: each agent starts one process."""
+    """Two machines, as far as one can be two: each agent starts one process. Then they do another job."""
     nybble.quantize(source, tmp_path / "whole", max_shard_size=SHARD)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     torchrun = (sys.executable, "-m", "torch.distributed.run", "--nnodes", 2, "--nproc-per-node", 1)
     where = ("--master-addr", "127.0.0.1", "--master-port", port)
-    command = ("-m", "nybble", "quantize", source, tmp_path / "out", "--max-shard-size", "90KB")
+    (script := tmp_path / "twice.py").write_text(TWICE)
+    command = (script, "quantize", source, "--max-shard-size", "90KB")
     runs = [start(*torchrun, "--node-rank", rank, *where, *command) for rank in (0, 1)]
     said = [run.communicate(timeout=300) for run in runs]
     assert [run.returncode for run in runs] == [0, 0], said
-    assert [out.count("written to") for out, _ in said] == [1, 0]
-    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+    assert [out.count("written to") for out, _ in said] == [2, 0]
+    assert digest(tmp_path / "out1") == digest(tmp_path / "out2") == digest(tmp_path / "whole")
+TWICE = """
+import sys
+from pathlib import Path
+from nybble.cli.app import build
+
+common = sys.argv[1:]
+for name in ("out1", "out2"):
+    sys.argv[1:] = [*common, str(Path(__file__).parent / name)]
+    build()(standalone_mode=False)
+"""
+
+

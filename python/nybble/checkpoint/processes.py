@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import multiprocessing
 import os
 import signal
@@ -24,6 +26,8 @@ T = TypeVar("T")
 
 # After so long a silence a process, or the network to it, counts as gone.
 _SILENCE = timedelta(minutes=5)
+# Runs of this program; every process of torchrun makes the same ones.
+_runs = itertools.count()
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -203,7 +207,10 @@ def _joined() -> Iterator[Team]:
 
     is_new = not distributed.is_initialized()
     if is_new:
-        distributed.init_process_group("gloo", timeout=_SILENCE)
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        # What an earlier group has left in the store would mislead a new one under the same names.
+        store = distributed.PrefixStore(f"nybble/{next(_runs)}", _store())
+        distributed.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=_SILENCE)
     group = None if is_new else distributed.new_group(backend="gloo", timeout=_SILENCE)
     rank, size = distributed.get_rank(), distributed.get_world_size()
     sharing = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -216,6 +223,15 @@ def _joined() -> Iterator[Team]:
         with _last_words(team):
             yield team
     finally:
+@functools.cache
+def _store() -> Any:
+    """Where torchrun's processes find each other; one for all runs, whose server a new one might take for its own."""
+    from torch import distributed
+
+    store, _, _ = next(distributed.rendezvous("env://", timeout=_SILENCE))
+    return store
+
+
         if team.is_alone:  # a thread that still waits for a message would meet a group that is gone
             distributed.destroy_process_group(group)
 
