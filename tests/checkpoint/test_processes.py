@@ -10,10 +10,12 @@ import json
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,9 +317,32 @@ def test_bad_numbers_of_processes(source: Path, tmp_path: Path, monkeypatch: pyt
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
 
 
-def start(*command: object) -> subprocess.Popen[str]:
+def start(*command: object, **options: Any) -> subprocess.Popen[str]:
     pipe = subprocess.PIPE
-    return subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT)
+    return subprocess.Popen(list(map(str, command)), stdout=pipe, stderr=pipe, text=True, env=ENVIRONMENT, **options)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds children in /proc")
+def test_an_interruption_from_the_keyboard_says_nothing_and_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    """It reaches every process of the terminal, here while the second one still imports."""
+    arguments = ("-m", "nybble", "quantize", source, tmp_path / "out", "--max-shard-size", "90KB", "--processes", 2)
+    run = start(sys.executable, *arguments, start_new_session=True)
+    children = Path(f"/proc/{run.pid}/task/{run.pid}/children")
+    while len(found := children.read_text().split()) < 2:  # the other one is multiprocessing's own
+        assert run.poll() is None
+        time.sleep(0.01)
+    os.killpg(run.pid, signal.SIGINT)
+    out, err = run.communicate(timeout=300)
+    assert (run.returncode, out.strip(), err) == (130, "", "")
+    assert not (tmp_path / "out").exists()
+    assert not any("multiprocessing.spawn" in command_of(child) for child in found)
+
+
+def command_of(process: str) -> str:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_text()
+    except OSError:
+        return ""
 
 
 def test_the_command_with_processes(source: Path, tmp_path: Path) -> None:
@@ -327,6 +352,18 @@ def test_the_command_with_processes(source: Path, tmp_path: Path) -> None:
     assert run.returncode == 0, err
     assert out.count("written to") == 1
     assert digest(tmp_path / "out") == digest(tmp_path / "whole")
+
+
+TWICE = """
+import sys
+from pathlib import Path
+from nybble.cli.app import build
+
+common = sys.argv[1:]
+for name in ("out1", "out2"):
+    sys.argv[1:] = [*common, str(Path(__file__).parent / name)]
+    build()(standalone_mode=False)
+"""
 
 
 def test_two_agents_of_torchrun(source: Path, tmp_path: Path) -> None:
@@ -344,15 +381,3 @@ def test_two_agents_of_torchrun(source: Path, tmp_path: Path) -> None:
     assert [run.returncode for run in runs] == [0, 0], said
     assert [out.count("written to") for out, _ in said] == [2, 0]
     assert digest(tmp_path / "out1") == digest(tmp_path / "out2") == digest(tmp_path / "whole")
-TWICE = """
-import sys
-from pathlib import Path
-from nybble.cli.app import build
-
-common = sys.argv[1:]
-for name in ("out1", "out2"):
-    sys.argv[1:] = [*common, str(Path(__file__).parent / name)]
-    build()(standalone_mode=False)
-"""
-
-

@@ -131,19 +131,25 @@ def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any])
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
     children: dict[int, multiprocessing.context.SpawnProcess] = {}
     pipes: dict[int, PipeLink] = {}
+    leader: Leader | None = None
     try:
         for rank in range(1, size):
             here, there = context.Pipe()
             child = context.Process(
                 target=_child, args=(there, rank, size, share, function, arguments), name=f"nybble-{rank}", daemon=True
             )
-            child.start()
+            with _deaf():
+                child.start()
             there.close()
             children[rank], pipes[rank] = child, PipeLink(here, child)
         torch.set_num_threads(share)
-        yield Leader(pipes, sharing=size)
+        leader = Leader(pipes, sharing=size)
+        yield leader
     finally:
         torch.set_num_threads(threads)
+        for rank, child in children.items():
+            if leader is None or not leader.where(rank):  # still importing: it has done nothing
+                child.kill()
         for pipe in pipes.values():
             pipe.close()
         for child in children.values():
@@ -152,14 +158,28 @@ def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any])
                 child.kill()
 
 
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Processes that start within it ignore Ctrl-C, which reaches all of a terminal; the first one stops them."""
+    before = signal.getsignal(signal.SIGINT)
+    if before is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def _child(
     connection: Connection, rank: int, size: int, threads: int, function: Callable[..., Any], arguments: dict[str, Any]
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # from the keyboard, reaches all: the first stops us
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # where the start from `_deaf` did not see to it
     torch.set_num_threads(threads)
     try:
         take_part(function, Member(PipeLink(connection), rank, size, sharing=size), arguments)
-    except ReportedError:
+    except (ReportedError, KeyboardInterrupt):  # the first process's, either of them
         sys.exit(1)
     except LostProcessError as error:  # of the first process, which would have said so
         sys.exit(f"error: {error}" if rank == 1 else 1)
@@ -200,6 +220,15 @@ def _how(error: RuntimeError) -> str:
     return "its connection is closed"
 
 
+@functools.cache
+def _store() -> Any:
+    """Where torchrun's processes find each other; one for all runs, whose server a new one might take for its own."""
+    from torch import distributed
+
+    store, _, _ = next(distributed.rendezvous("env://", timeout=_SILENCE))
+    return store
+
+
 @contextlib.contextmanager
 def _joined() -> Iterator[Team]:
     """All processes of this run of torchrun, of which this is one; a group that there is already is left alone."""
@@ -223,15 +252,6 @@ def _joined() -> Iterator[Team]:
         with _last_words(team):
             yield team
     finally:
-@functools.cache
-def _store() -> Any:
-    """Where torchrun's processes find each other; one for all runs, whose server a new one might take for its own."""
-    from torch import distributed
-
-    store, _, _ = next(distributed.rendezvous("env://", timeout=_SILENCE))
-    return store
-
-
         if team.is_alone:  # a thread that still waits for a message would meet a group that is gone
             distributed.destroy_process_group(group)
 

@@ -151,11 +151,11 @@ class Leader:
                 raise self._error
 
     def stop(self, error: BaseException) -> None:
-        """Stop the members and wait for them."""
+        """Stop the members and wait for those that have spoken; no other has begun."""
         with self._changed:
             if self._stopped is None:
                 self._stopped = {"stop": _portable(error)}
-            self._changed.wait_for(lambda: len(self._gone) == len(self._links), _STOP_SECONDS)
+            self._changed.wait_for(lambda: self._gone >= self._where.keys(), _STOP_SECONDS)
 
     def __enter__(self) -> Leader:
         return self
