@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, Literal, TypeVar
@@ -131,7 +132,6 @@ def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any])
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
     children: dict[int, multiprocessing.context.SpawnProcess] = {}
     pipes: dict[int, PipeLink] = {}
-    leader: Leader | None = None
     try:
         for rank in range(1, size):
             here, there = context.Pipe()
@@ -143,13 +143,10 @@ def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any])
             there.close()
             children[rank], pipes[rank] = child, PipeLink(here, child)
         torch.set_num_threads(share)
-        leader = Leader(pipes, sharing=size)
-        yield leader
+        # One that still imports would go on with it for seconds.
+        yield Leader(pipes, sharing=size, abandon=lambda rank: children[rank].kill())
     finally:
         torch.set_num_threads(threads)
-        for rank, child in children.items():
-            if leader is None or not leader.where(rank):  # still importing: it has done nothing
-                child.kill()
         for pipe in pipes.values():
             pipe.close()
         for child in children.values():
@@ -161,15 +158,15 @@ def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any])
 @contextlib.contextmanager
 def _deaf() -> Iterator[None]:
     """Processes that start within it ignore Ctrl-C, which reaches all of a terminal; the first one stops them."""
-    before = signal.getsignal(signal.SIGINT)
-    if before is None or threading.current_thread() is not threading.main_thread():
+    if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource_tracker.ensure_running()  # multiprocessing's own process; its start would end what follows
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited; here it only comes later
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _child(

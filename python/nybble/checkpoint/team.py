@@ -84,11 +84,11 @@ class Leader:
 
     rank = 0
 
-    def __init__(self, links: Mapping[int, Link], sharing: int) -> None:
-        """`links`: by rank, 1 and up."""
+    def __init__(self, links: Mapping[int, Link], sharing: int, abandon: Callable[[int], None] = _nothing) -> None:
+        """`links`: by rank, 1 and up. `abandon`: called for a process that need not even begin."""
         self.size, self.sharing = len(links) + 1, sharing
         self.spoiled, self.resumed = False, 0
-        self._links = links
+        self._links, self._abandon = links, abandon
         self._changed = threading.Condition()
         self._where: dict[int, str] = {}
         self._identities: dict[int, Any] = {}
@@ -151,11 +151,13 @@ class Leader:
                 raise self._error
 
     def stop(self, error: BaseException) -> None:
-        """Stop the members and wait for those that have spoken; no other has begun."""
+        """Stop the members and wait for them."""
         with self._changed:
             if self._stopped is None:
                 self._stopped = {"stop": _portable(error)}
-            self._changed.wait_for(lambda: self._gone >= self._where.keys(), _STOP_SECONDS)
+                for rank in self._links.keys() - self._where.keys():
+                    self._abandon(rank)
+            self._changed.wait_for(lambda: len(self._gone) == len(self._links), _STOP_SECONDS)
 
     def __enter__(self) -> Leader:
         return self
