@@ -25,7 +25,7 @@ help:
 	@echo "make test-arm       the kernels compiled for AArch64, tested under qemu"
 	@echo "make check          formatting, lint, types, stubs"
 	@echo "make docs           the manual as HTML: docs/_build/html/index.html"
-	@echo "make gallery        measure and draw the manual's plots (about an hour; WORDNET=DIR for the intrinsic dimension)"
+	@echo "make gallery        measure and draw the manual's plots (two hours; BENCH_ARGS=\"--wordnet DIR\")"
 	@echo "make bench          speed beside its peers and the machine's ceilings, and the targets (about 20 minutes)"
 	@echo "make bench-checkpoints  quantizing, loading, merging, interrupting checkpoints (about 20 minutes, 20 GB of disk)"
 	@echo "make bench-fidelity  what quantizing loses and calibration saves (about 40 minutes)"

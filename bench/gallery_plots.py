@@ -108,6 +108,38 @@ def speed(content: Content, folder: Path) -> list[Path]:
     return [_save(figure, folder / "speed.svg")]
 
 
+def rank(content: Content, folder: Path) -> list[Path]:
+    """One plot: what a full fine-tune's change is worth as a LoRA, and how much of its energy that is."""
+    rows = {row["what"]: row for row in content["rows"]}
+    figure, axes = _figure(10, 4.2)
+    cuts = [row for row in content["rows"] if re.fullmatch(r"LoRA of rank \d+", row["what"])]
+    ranks = [int(row["what"].rpartition(" ")[2]) for row in cuts]
+    axes.plot(ranks, [row["perplexity"] for row in cuts], "o-", color=OURS, label="LoRA of the linear layers")
+    for number, row in zip(ranks, cuts, strict=True):
+        share = f"{row['energy kept']:.0%} of the energy"
+        axes.annotate(share, (number, row["perplexity"]), xytext=(0, 8), textcoords="offset points", fontsize=8)
+    for what, color in (("before", COLORS[6]), ("every weight trained", COLORS[1])):
+        axes.axhline(rows[what]["perplexity"], color=color, linestyle="--", linewidth=1.2, label=what)
+    others = [row for row in content["rows"] if "in full" in row["what"]]
+    numbers = [int(row["what"].split(",")[0].rpartition(" ")[2]) for row in others]
+    values = [row["perplexity"] for row in others]
+    axes.plot(numbers, values, "s", color=COLORS[2], label="embedding and norms in full beside it")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ranks, [str(number) for number in ranks])
+    axes.set(title="A full fine-tune of SmolLM2-135M as a LoRA", xlabel="rank", ylabel="perplexity of 1 John, held out")
+    axes.legend(fontsize=8)
+    return [_save(figure, folder / "rank-perplexity.svg")]
+
+
+def intrinsic(content: Content, folder: Path) -> list[Path]:
+    """One plot, `nybble intrinsic`'s own."""
+    from nybble.planning.plots import plot_intrinsic
+
+    path = folder / "intrinsic.svg"
+    plot_intrinsic(content, path)
+    return [path]
+
+
 def _millions(count: int) -> str:
     return f"{count / 1e6:.3g} M" if count >= 1e5 else f"{count:,}"
 

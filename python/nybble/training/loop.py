@@ -60,16 +60,17 @@ def finetune(
 ) -> TrainReport:
     """Train what is trainable in the model, of its adapters those that act, and return a report.
 
-    model: a causal language model, transformers' or any nn.Module from ids [B, T] to logits [B, T, vocabulary], for
-        next-token prediction; or a `TextClassifier` for labelled data. It is trained in place and left in the mode it
-        was in. Put an adapter on it first (`nybble.add_lora` and its siblings).
-    data: a text file, a JSONL file, a directory of them, a list of documents or of rows, or token ids [n]; see
-        `nybble.training.data`. A mapping {adapter name: data} trains these adapters at once, each on rows of its own
-        in the same batch, as `batch_size` rows of each; each ends where a run of its own would.
-    tokenizer: turns text into ids; not needed for token ids.
-    eval_data: held-out data in the same forms, instead of config.val_fraction.
-    save: writes what was trained into a directory; by default `nybble.save_adapter` (PEFT's layout).
-    on_step: called with (step, loss) after each optimizer step.
+    Args:
+        model: a causal language model, transformers' or any nn.Module from ids [B, T] to logits [B, T, vocabulary], for
+            next-token prediction; or a `TextClassifier` for labelled data. It is trained in place and left in the mode
+            it was in. Put an adapter on it first (`nybble.add_lora` and its siblings).
+        data: a text file, a JSONL file, a directory of them, a list of documents or of rows, or token ids [n]; see
+            `nybble.training.data`. A mapping {adapter name: data} trains these adapters at once, each on rows of its
+            own in the same batch, as `batch_size` rows of each; each ends where a run of its own would.
+        tokenizer: turns text into ids; not needed for token ids.
+        eval_data: held-out data in the same forms, instead of config.val_fraction.
+        save: writes what was trained into a directory; by default `nybble.save_adapter` (PEFT's layout).
+        on_step: called with (step, loss) after each optimizer step.
 
     With config.out_dir, writes adapter/ (adapter/NAME/ of several), metrics.jsonl and loss.png there, and while it runs
     checkpoints. A run that was interrupted, by Ctrl-C, a kill or a power cut, goes on where it was when the same call
