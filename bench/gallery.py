@@ -84,7 +84,15 @@ def speed(args: argparse.Namespace) -> Content:
     """bench/forward.py on one layer of a 7B model."""
     lines = args.work / "forward.jsonl"
     lines.unlink(missing_ok=True)
-    command = [sys.executable, str(ROOT / "bench" / "forward.py"), "--shape", "4096,4096", "--no-plot"]
+    command = [
+        sys.executable,
+        str(ROOT / "bench" / "forward.py"),
+        "--shape",
+        "4096,4096",
+        "--seconds",
+        "0.2",
+        "--no-plot",
+    ]
     subprocess.run([*command, "--json", str(lines)], check=True)
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     return {"rows": [{key: row[key] for key in ("m", "n", "k", "kernel", "timings")} for row in rows]}
