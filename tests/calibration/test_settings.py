@@ -118,7 +118,10 @@ def test_help_shows_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     lines = CliRunner().invoke(build(), "quantize --help").output.splitlines()
     defaults = {**vars(Rounding()), "samples": Calibration("t").samples, "seq": Calibration("t").seq}
-    defaults |= {"act_order": "act-order" if defaults["act_order"] else "no-act-order", "workers": "the cores, divided by processes"}
+    defaults |= {
+        "act_order": "act-order" if defaults["act_order"] else "no-act-order",
+        "workers": "the cores, divided by processes",
+    }
     for name, value in defaults.items():
         line = next(line for line in lines if f"--{name.replace('_', '-')} " in line)
         assert f"[default: {value}]" in line
