@@ -31,6 +31,7 @@ help:
 	@echo "make bench-fidelity  what quantizing loses and calibration saves (about 40 minutes)"
 	@echo "make bench-training  fine-tuning beside PEFT; every method; runs killed and gone on with (about an hour)"
 	@echo "make bench-generation  tokens a second beside transformers, bitsandbytes and PEFT (about 10 minutes)"
+	@echo "make bench-planning  what nybble plan predicts beside measured peaks (about 5 minutes)"
 	@echo "make wheel          dist/nybble-*.whl"
 
 # One environment; each further set of packages is a stamp of its own, so that demo does not wait for test's.
@@ -137,6 +138,9 @@ bench-training: $(VENV)/.bench $(VENV)/.demo
 
 bench-generation: $(VENV)/.bench $(VENV)/.demo
 	$(BIN)/python bench/generate.py --smollm2 $(BENCH_ARGS)
+
+bench-planning: $(VENV)/.base
+	$(BIN)/python bench/plan.py all $(BENCH_ARGS)
 
 wheel: $(VENV)/.base
 	$(PIP) wheel -q --no-deps -c constraints.txt -w dist .

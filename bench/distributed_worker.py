@@ -13,7 +13,6 @@ import os
 import sys
 import threading
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,7 +161,9 @@ def main() -> None:
     def on_step(step: int, loss: float) -> None:
         sent.step()
 
-    hashed: Callable[[], str] = lambda: "" if full else packed_hash(model)  # noqa: E731
+    def hashed() -> str:
+        return "" if full else packed_hash(model)
+
     before.append(hashed())
     report = nybble.finetune(model, stream(rows), config, show=False, on_step=on_step)
     found = {"memory": peaks.above_imports(), "losses": report.losses, "hashes": [before[0], hashed()]}

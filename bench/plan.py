@@ -54,8 +54,8 @@ def table(args: argparse.Namespace) -> None:
     command.show(found, [found.row("qlora")])
 
 
-def _measure(configuration: tuple[Any, ...], low_memory: bool, directory: Path) -> int:
-    """The peak above the imports; from a file if it was measured before."""
+def _measure(configuration: tuple[Any, ...], low_memory: bool, directory: Path) -> tuple[int, float]:
+    """The peak above the imports, and the CPU's seconds; from a file if it was measured before."""
     name = "-".join(map(str, (*configuration, "held" if low_memory else "heap")))
     kept = directory / f"{name}.json"
     if not kept.exists():
@@ -69,7 +69,8 @@ def _measure(configuration: tuple[Any, ...], low_memory: bool, directory: Path) 
             check=True,
         )
         kept.write_text(done.stdout.splitlines()[-1])
-    return int(json.loads(kept.read_text())["peak"])
+    found = json.loads(kept.read_text())
+    return int(found["peak"]), float(found["cpu"])
 
 
 def measured(args: argparse.Namespace) -> None:
@@ -79,7 +80,17 @@ def measured(args: argparse.Namespace) -> None:
         prepare(directory)
     shape = find_shape(directory / "bf16")
     shown = Table(title=f"{shape.parameters:,} parameters; MB above the imports", title_justify="left")
-    for column in ("method", "step", "optimizer", "checkpointing", "predicted", "held", "error", "in glibc's heap"):
+    for column in (
+        "method",
+        "step",
+        "optimizer",
+        "checkpointing",
+        "predicted",
+        "held",
+        "error",
+        "in glibc's heap",
+        "CPU time",
+    ):
         shown.add_column(column, justify="left" if column in ("method", "optimizer", "checkpointing") else "right")
     worst = 0.0
     for configuration in CONFIGURATIONS:
@@ -87,7 +98,9 @@ def measured(args: argparse.Namespace) -> None:
         if time.perf_counter() - args.started > args.seconds:
             print("more is to be measured: call again with the same --keep")
             break
-        held, heap = (_measure(configuration, low_memory, directory) for low_memory in (True, False))
+        (held, slower), (heap, faster) = (
+            _measure(configuration, low_memory, directory) for low_memory in (True, False)
+        )
         work = Work(batch=batch, seq=seq, rank=rank, optimizer=optimizer)
         predicted = estimate(shape, method, base, work, checkpointing).above_imports
         error = predicted / held - 1
@@ -100,6 +113,7 @@ def measured(args: argparse.Namespace) -> None:
             *(f"{count / 1e6:.0f}" for count in (predicted, held)),
             f"{error:+.1%}",
             f"{heap / 1e6:.0f} ({heap / held:.2f}x)",
+            f"{slower / faster:.2f}x",
         )
     Console(width=120).print(shown)
     print(f"largest error {worst:.1%}")

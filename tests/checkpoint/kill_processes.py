@@ -52,7 +52,7 @@ class Forks:
 
 def several(size: int, victim: int = -1, die_at: int = -1, **keywords: Any) -> None:
     """Quantize with `size` processes, forked from this one; that of rank `victim` dies before step `die_at`."""
-    processes.multiprocessing.get_context = lambda method: Forks(victim, die_at)  # type: ignore[assignment]
+    processes.multiprocessing.get_context = lambda method: Forks(victim, die_at)
     try:
         stream.quantize(processes=size, **keywords)
     except LostProcessError as error:

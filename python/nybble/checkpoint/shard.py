@@ -60,7 +60,7 @@ class Shard:
             self.file.seek(position)
             done = 0
             while done < len(view):
-                count = self.file.readinto(view[done:])  # type: ignore[attr-defined]
+                count = self.file.readinto(view[done:])  # type: ignore[attr-defined]  # opened unbuffered: a FileIO
                 if not count:
                     raise CheckpointError(f"{self.path}: truncated while it was being written")
                 done += count

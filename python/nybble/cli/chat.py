@@ -62,7 +62,7 @@ def _lines() -> Iterator[str]:
         import contextlib
 
         with contextlib.suppress(ImportError):  # editing and a history of lines, where there is one
-            import readline  # noqa: F401
+            import readline  # noqa: F401  # importing it is its effect
     while True:
         try:
             yield input("> " if terminal else "")
