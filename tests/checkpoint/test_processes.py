@@ -5,6 +5,7 @@ Where it does not matter, the processes are threads of this one: the same code o
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from safetensors.torch import load_file, save_file
 
 import nybble
 from nybble import QuantConfig
-from nybble.checkpoint import StorageFullError, merging, recorder, stream, together
+from nybble.checkpoint import StorageFullError, merging, processes, recorder, stream, together
 from nybble.checkpoint.processes import PipeLink, take_part
 from nybble.checkpoint.shard import Shard
 from nybble.checkpoint.task import Output
@@ -336,6 +337,24 @@ def test_an_interruption_from_the_keyboard_says_nothing_and_leaves_nothing(sourc
     assert (run.returncode, out.strip(), err) == (130, "", "")
     assert not (tmp_path / "out").exists()
     assert not any("multiprocessing.spawn" in command_of(child) for child in found)
+
+
+def test_an_interruption_while_a_process_starts_ends_that_process_at_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C is held back during the start and raised right after it, before anybody waits for the process."""
+
+    @contextlib.contextmanager
+    def interrupted() -> Iterator[None]:
+        yield
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(processes, "_deaf", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        nybble.quantize(source, tmp_path / "out", processes=2)
+    assert not multiprocessing.active_children()
+    assert capfd.readouterr().err == ""
+    assert not (tmp_path / "out").exists()
 
 
 def command_of(process: str) -> str:

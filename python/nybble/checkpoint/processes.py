@@ -132,24 +132,34 @@ def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any])
     context = multiprocessing.get_context("spawn")  # a fork would copy threads' locks in whatever state they are
     children: dict[int, multiprocessing.context.SpawnProcess] = {}
     pipes: dict[int, PipeLink] = {}
+    team: Leader | None = None
     try:
         for rank in range(1, size):
             here, there = context.Pipe()
             child = context.Process(
                 target=_child, args=(there, rank, size, share, function, arguments), name=f"nybble-{rank}", daemon=True
             )
-            with _deaf():
+            children[rank], pipes[rank] = child, PipeLink(here, child)
+            with _deaf():  # a Ctrl-C meanwhile is raised at its end
                 child.start()
             there.close()
-            children[rank], pipes[rank] = child, PipeLink(here, child)
         torch.set_num_threads(share)
         # One that still imports would go on with it for seconds.
-        yield Leader(pipes, sharing=size, abandon=lambda rank: children[rank].kill())
+        team = Leader(pipes, sharing=size, abandon=lambda rank: children[rank].kill())
+        yield team
+    except BaseException:
+        if team is None or not team.has_stopped:  # nobody has told them to begin, or that it is over
+            for child in children.values():
+                if child.pid is not None:
+                    child.kill()
+        raise
     finally:
         torch.set_num_threads(threads)
         for pipe in pipes.values():
             pipe.close()
         for child in children.values():
+            if child.pid is None:  # never started
+                continue
             child.join(5)  # it has left, or could not be stopped
             if child.is_alive():
                 child.kill()

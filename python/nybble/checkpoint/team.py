@@ -171,6 +171,11 @@ class Leader:
         return self._error is not None
 
     @property
+    def has_stopped(self) -> bool:
+        """Whether `stop` has been called."""
+        return self._stopped is not None
+
+    @property
     def is_alone(self) -> bool:
         """Whether all members are gone."""
         return len(self._gone) == len(self._links)
