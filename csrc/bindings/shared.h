@@ -32,6 +32,12 @@ void raise_unless_ok(const Status& status);
 const KernelTable& kernels();
 
 template <class Args>
+Args with_threads(Args args, int threads) {
+  args.threads = threads;
+  return args;
+}
+
+template <class Args>
 void run(Status (*KernelTable::*entry)(const Args&), const Args& args) {
   const KernelTable& table = kernels();
   if (table.*entry == nullptr) throw py::value_error(std::string(table.isa) + " has no such kernel");

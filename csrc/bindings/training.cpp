@@ -1,60 +1,27 @@
 // What a training step needs beside its linear layers: the optimizer, attention, the elementwise parts of a layer.
-#include "bindings/shared.h"
+#include "bindings/arguments.h"
 
 namespace nybble::bindings {
 
 namespace {
 
-// In the order of AdamWRule's fields.
-using Rule = std::array<float, 9>;
-
-AdamWArgs adamw_args(Address param, int dtype, Address grad, int grad_dtype, int64_t count, const Rule& rule,
-                     bool stochastic, uint64_t key, int threads) {
-  AdamWArgs args;
-  args.param = pointer<void>(param);
-  args.dtype = static_cast<DType>(dtype);
-  args.grad = pointer<const void>(grad);
-  args.grad_dtype = static_cast<DType>(grad_dtype);
-  args.count = count;
-  args.rule = {rule[0], rule[1], rule[2], rule[3], rule[4], rule[5], rule[6], rule[7], rule[8]};
-  args.stochastic = stochastic;
-  args.key = key;
-  args.threads = threads;
-  return args;
-}
-
 void adamw_32bit(Address param, int dtype, Address grad, int grad_dtype, int64_t count, const Rule& rule,
                  bool stochastic, uint64_t key, Address m, Address v, int threads) {
-  AdamW32Args args;
-  args.common = adamw_args(param, dtype, grad, grad_dtype, count, rule, stochastic, key, threads);
-  args.m = pointer<float>(m);
-  args.v = pointer<float>(v);
-  run(&KernelTable::adamw_32bit, args);
+  AdamWArgs common = adamw_args(param, dtype, grad, grad_dtype, count, rule, stochastic, key);
+  common.threads = threads;
+  run(&KernelTable::adamw_32bit, adamw_32bit_args(common, m, v));
 }
 
 void adamw_8bit(Address param, int dtype, Address grad, int grad_dtype, int64_t count, const Rule& rule,
                 bool stochastic, uint64_t key, int64_t block_size, Address m_map, Address v_map, Address m, Address v,
                 Address m_absmax, Address v_absmax, int threads) {
-  AdamW8Args args;
-  args.common = adamw_args(param, dtype, grad, grad_dtype, count, rule, stochastic, key, threads);
-  args.block_size = block_size;
-  args.m_map = pointer<const float>(m_map);
-  args.v_map = pointer<const float>(v_map);
-  args.m = pointer<uint8_t>(m);
-  args.v = pointer<uint8_t>(v);
-  args.m_absmax = pointer<float>(m_absmax);
-  args.v_absmax = pointer<float>(v_absmax);
-  run(&KernelTable::adamw_8bit, args);
+  AdamWArgs common = adamw_args(param, dtype, grad, grad_dtype, count, rule, stochastic, key);
+  common.threads = threads;
+  run(&KernelTable::adamw_8bit, adamw_8bit_args(common, block_size, m_map, v_map, m, v, m_absmax, v_absmax));
 }
 
 void sum_of_squares(Address x, int dtype, int64_t count, Address sums, int threads) {
-  SquaresArgs args;
-  args.x = pointer<const void>(x);
-  args.dtype = static_cast<DType>(dtype);
-  args.count = count;
-  args.sums = pointer<double>(sums);
-  args.threads = threads;
-  run(&KernelTable::sum_of_squares, args);
+  run(&KernelTable::sum_of_squares, with_threads(squares_args(x, dtype, count, sums), threads));
 }
 
 void factor_apply(Address x, int64_t x_stride, int64_t m, int64_t k, int64_t rank, Address factor, int factor_dtype,

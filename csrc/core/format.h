@@ -8,29 +8,31 @@
 #pragma once
 #include <cstdint>
 
+#include "core/half.h"
+
 namespace nybble {
 
 enum class DType : int32_t { f32 = 0, f16 = 1, bf16 = 2 };
 
-inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
+NYBBLE_ANYWHERE inline int64_t size_of(DType dtype) { return dtype == DType::f32 ? 4 : 2; }
 
 constexpr int64_t kMinBlock = 32;
 constexpr int64_t kMaxBlock = 4096;
 
-inline bool valid_block_size(int64_t block_size) {
+NYBBLE_ANYWHERE inline bool valid_block_size(int64_t block_size) {
   return block_size >= kMinBlock && block_size <= kMaxBlock && (block_size & (block_size - 1)) == 0;
 }
 
 // Both block sizes are powers of two, kept as shifts: a division a block would cost as much as decoding the block.
-inline int log2_of(int64_t power_of_two) {
+NYBBLE_ANYWHERE inline int log2_of(int64_t power_of_two) {
   int shift = 0;
   while ((int64_t{1} << shift) < power_of_two) ++shift;
   return shift;
 }
 
-inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+NYBBLE_ANYWHERE inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+NYBBLE_ANYWHERE inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+NYBBLE_ANYWHERE inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // Decoded where it is used: a full fp32 array of the nested scales never exists.
 struct BlockScales {
@@ -41,7 +43,7 @@ struct BlockScales {
   const float* offset = nullptr;   // [1], read where it lies: no value crosses from Python per call
   int nested_shift = 8;            // log2 of the scales that share a nested scale
 
-  float at(int64_t block) const {
+  NYBBLE_ANYWHERE float at(int64_t block) const {
     return plain != nullptr ? plain[block] : map[codes[block]] * nested[block >> nested_shift] + *offset;
   }
 
@@ -57,7 +59,7 @@ struct Packed4 {
   int block_shift = 6;              // log2 of the block size
   BlockScales scales;
 
-  int64_t block_size() const { return int64_t{1} << block_shift; }
+  NYBBLE_ANYWHERE int64_t block_size() const { return int64_t{1} << block_shift; }
 };
 
 struct Rows8 {
@@ -73,7 +75,7 @@ struct Weight {
   Rows8 rows8;
   bool int8 = false;  // rows8 counts, else packed4; not told by the pointers: those of an empty weight are null
 
-  bool is_int8() const { return int8; }
+  NYBBLE_ANYWHERE bool is_int8() const { return int8; }
 };
 
 }  // namespace nybble

@@ -3,29 +3,36 @@
 #include <cstdint>
 #include <cstring>
 
+// Functions that a GPU runs as well.
+#if defined(__CUDACC__)
+#define NYBBLE_ANYWHERE __host__ __device__
+#else
+#define NYBBLE_ANYWHERE
+#endif
+
 namespace nybble {
 
-inline uint32_t bits_of(float value) {
+NYBBLE_ANYWHERE inline uint32_t bits_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-inline float float_of(uint32_t bits) {
+NYBBLE_ANYWHERE inline float float_of(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-inline float bf16_to_float(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
+NYBBLE_ANYWHERE inline float bf16_to_float(uint16_t bits) { return float_of(static_cast<uint32_t>(bits) << 16); }
 
-inline uint16_t float_to_bf16(float value) {
+NYBBLE_ANYWHERE inline uint16_t float_to_bf16(float value) {
   const uint32_t bits = bits_of(value);
   if ((bits & 0x7FFFFFFFU) > 0x7F800000U) return static_cast<uint16_t>((bits >> 16) | 0x0040U);
   return static_cast<uint16_t>((bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16);
 }
 
-inline float f16_to_float(uint16_t half) {
+NYBBLE_ANYWHERE inline float f16_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000U) << 16;
   const uint32_t magnitude = half & 0x7FFFU;
   if (magnitude >= 0x7C00U) return float_of(sign | 0x7F800000U | ((magnitude & 0x3FFU) << 13));
@@ -34,7 +41,7 @@ inline float f16_to_float(uint16_t half) {
   return float_of(sign | bits_of(static_cast<float>(magnitude) * 5.9604644775390625e-8F));
 }
 
-inline uint16_t float_to_f16(float value) {
+NYBBLE_ANYWHERE inline uint16_t float_to_f16(float value) {
   const uint32_t bits = bits_of(value);
   const uint32_t sign = (bits >> 16) & 0x8000U;
   const uint32_t magnitude = bits & 0x7FFFFFFFU;
@@ -56,11 +63,11 @@ struct F16 {
   uint16_t bits;
 };
 
-inline float to_float(float value) { return value; }
-inline float to_float(Bf16 value) { return bf16_to_float(value.bits); }
-inline float to_float(F16 value) { return f16_to_float(value.bits); }
-inline void from_float(float value, float* out) { *out = value; }
-inline void from_float(float value, Bf16* out) { out->bits = float_to_bf16(value); }
-inline void from_float(float value, F16* out) { out->bits = float_to_f16(value); }
+NYBBLE_ANYWHERE inline float to_float(float value) { return value; }
+NYBBLE_ANYWHERE inline float to_float(Bf16 value) { return bf16_to_float(value.bits); }
+NYBBLE_ANYWHERE inline float to_float(F16 value) { return f16_to_float(value.bits); }
+NYBBLE_ANYWHERE inline void from_float(float value, float* out) { *out = value; }
+NYBBLE_ANYWHERE inline void from_float(float value, Bf16* out) { out->bits = float_to_bf16(value); }
+NYBBLE_ANYWHERE inline void from_float(float value, F16* out) { out->bits = float_to_f16(value); }
 
 }  // namespace nybble

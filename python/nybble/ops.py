@@ -139,7 +139,9 @@ def check_args(
     if not shape or shape[-1] != contraction:
         name, features = ("grad", "out_features") if grad else ("x", "in_features")
         raise LayoutError(f"{name} has shape {list(shape)}; its last dimension must be {features} = {contraction}")
-    if not (isinstance(weight, BoundWeight) and x.is_cpu):  # else its handle tells whether it still holds
+    if not (
+        isinstance(weight, BoundWeight) and (x.is_cpu or x.is_cuda)
+    ):  # else its handle tells whether it still holds
         weight.check()
     if not (weight.packed.is_cpu and x.is_cpu):
         _check_device(weight.packed, x, "packed")

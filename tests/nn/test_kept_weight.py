@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 
 from nybble import LoRALinear, QuantConfig, QuantLinear, _core
 from nybble.backends import BoundWeight, cpu
+from nybble.backends.weight import handle_of
 from nybble.errors import LayoutError
 
 TENSORS = ("weight", "absmax", "codebook", "nested_absmax", "nested_map", "nested_offset")
@@ -228,10 +229,10 @@ def test_lora_sees_its_bases_change() -> None:
 
 
 def test_the_core_names_a_wrong_call() -> None:
-    weight = cpu._handle(quant_linear().packed_weight())
+    weight = handle_of(quant_linear().packed_weight(), _core)
     with pytest.raises(TypeError, match="linear takes 16 arguments, got 1"):
         _core.linear(weight)  # type: ignore[call-arg]
-    with pytest.raises(TypeError, match=r"weight must be a nybble\._core\.Weight"):
+    with pytest.raises(TypeError, match=r"weight must be a Weight of this module"):
         _core.linear(3, *[0] * 15)  # type: ignore[arg-type]
     with pytest.raises(TypeError):
         _core.linear(weight, *["x"] * 15)  # type: ignore[arg-type]

@@ -11,25 +11,11 @@ from torch import Tensor
 from .. import _core, reference  # after torch: the core shares its OpenMP runtime
 from ..errors import LayoutError
 from ..formats import NESTED_BLOCK_SIZE, check_block_size, dynamic_map
-from .weight import BoundWeight, PackedWeight
+from .addresses import DTYPE_CODES, SEARCHES, address_of, contiguous_values, linear_operands, new_output
+from .weight import PackedWeight, handle_of
 
-#: The core's codes of the dtypes that it computes with.
-DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_SEARCHES = {"absmax": 0, "mse": 1, "square": 2, "importance": 3}
 #: Said wherever memory is made: a caller's torch.device context or default device must not decide.
 _CPU = torch.device("cpu")
-
-
-def _values(x: Tensor) -> Tensor:
-    """`x` as its address says: contiguous, and with a lazy negation carried out."""
-    return x if x.is_contiguous() and not x.is_neg() else x.detach().resolve_neg().contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """[..., k] as [m, k] with the last dimension contiguous; a view where the strides permit."""
-    x = x.detach().resolve_neg()
-    x = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]) if x.dim() != 2 else x
-    return x if x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
 
 
 def quantize_4bit(
@@ -45,7 +31,7 @@ def quantize_4bit(
     check_block_size(block_size)
     reference.check_codebook(codebook, 16, x.device)
     reference.check_search(search, importance, x)
-    x, codebook = _values(x), codebook.contiguous()
+    x, codebook = contiguous_values(x), codebook.contiguous()
     n = x.numel()
     packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=_CPU)
     absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=_CPU)
@@ -56,8 +42,8 @@ def quantize_4bit(
             n,
             block_size,
             codebook.data_ptr(),
-            _SEARCHES[search],
-            _address(importance),
+            SEARCHES[search],
+            address_of(importance),
             0 if importance is None else importance.numel(),
             packed.data_ptr(),
             absmax.data_ptr(),
@@ -112,9 +98,9 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, *, out: Tensor | None =
     _core.dequantize_4bit(
         weight.packed.data_ptr(),
         weight.absmax.data_ptr(),
-        _address(weight.nested_absmax),
-        _address(weight.nested_map),
-        _address(weight.nested_offset),
+        address_of(weight.nested_absmax),
+        address_of(weight.nested_map),
+        address_of(weight.nested_offset),
         weight.nested_block_size,
         weight.codebook.data_ptr(),
         weight.block_size,
@@ -145,7 +131,7 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> 
     reference.check_float(x, name)
     check_block_size(block_size)
     reference.check_codebook(code, 256, x.device)
-    x, code = _values(x), code.contiguous()
+    x, code = contiguous_values(x), code.contiguous()
     q = torch.empty(x.shape, dtype=torch.uint8, device=_CPU)
     absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32, device=_CPU)
     try:
@@ -191,7 +177,7 @@ def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
     reference.check_float(x, name)
     if x.dim() != 2:
         raise LayoutError(f"{name} has shape {tuple(x.shape)}; int8 quantization takes a matrix [N, K]")
-    x = _values(x)
+    x = contiguous_values(x)
     rows, cols = x.shape
     q = torch.empty(rows, cols, dtype=torch.int8, device=_CPU)
     scb = torch.empty(rows, dtype=torch.float32, device=_CPU)
@@ -230,26 +216,16 @@ def linear(
         [..., out_features] in x's dtype. bf16 is multiplied as bf16 with fp32 accumulation where the ISA can,
         else, like fp16 and fp32, in fp32.
     """
-    out = _output(x, weight.out_features)
+    out = new_output(x, weight.out_features)
     _run(x, weight, bias, side, side_weight, out, False)
     return out
 
 
 def grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weight: Tensor | None) -> Tensor:
     """g W + side side_weight in g's dtype; g [..., out_features], side [..., R], side_weight [R, in_features]."""
-    out = _output(g, weight.in_features)
+    out = new_output(g, weight.in_features)
     _run(g, weight, None, side, side_weight, out, True)
     return out
-
-
-def _output(x: Tensor, columns: int) -> Tensor:
-    """Memory for [..., columns] like x, by the cheapest call: 0.7 us, where torch.empty takes 1.0 to 1.4."""
-    shape = x.shape
-    if columns and len(shape) == 2:
-        return x.new_empty_strided((shape[0], columns), (columns, 1))
-    if columns and len(shape) == 3 and shape[1]:
-        return x.new_empty_strided((shape[0], shape[1], columns), (shape[1] * columns, columns, 1))
-    return x.new_empty(*shape[:-1], columns)
 
 
 def _run(
@@ -261,73 +237,14 @@ def _run(
     out: Tensor,
     grad_input: bool,
 ) -> None:
-    shape = x.shape
-    # Whatever is replaced here by a copy is kept alive by its name until the kernel has returned.
-    if x.is_contiguous() and not x.is_neg():
-        stride = shape[-1]
-        m = shape[0] if len(shape) == 2 else math.prod(shape[:-1])
-    else:
-        x = _rows(x)
-        m, stride = x.shape[0], x.stride(0)
-    bias_address = bias_code = side_address = side_code = right_address = right_code = rank = 0
-    if bias is not None:
-        bias = _values(bias)
-        bias_address, bias_code = bias.data_ptr(), DTYPE_CODES[bias.dtype]
-    if side is not None and side_weight is not None:
-        side, side_weight, rank = _values(side), _values(side_weight), side.shape[-1]
-        side_address, side_code = side.data_ptr(), DTYPE_CODES[side.dtype]
-        right_address, right_code = side_weight.data_ptr(), DTYPE_CODES[side_weight.dtype]
+    kept, operands = linear_operands(x, bias, side, side_weight)  # kept: alive until the kernel has returned
     _core.linear(
-        _handle(weight),
+        handle_of(weight, _core),
         grad_input,
         0 if grad_input else weight.compute,
-        x.data_ptr(),
-        stride,
-        m,
-        DTYPE_CODES[x.dtype],
-        side_address,
-        side_code,
-        right_address,
-        right_code,
-        rank,
-        bias_address,
-        bias_code,
+        *operands,
         out.data_ptr(),
         torch.get_num_threads(),
-    )
-
-
-def _handle(weight: PackedWeight) -> _core.Weight:
-    """The core's handle to a checked weight; a BoundWeight is checked again when one of its tensors has moved."""
-    if not isinstance(weight, BoundWeight):
-        return _new_handle(weight)
-    handle, places = weight.bound
-    for data_ptr, address in places:
-        if data_ptr() != address:
-            handle = None
-    if handle is None:
-        weight.check()
-        handle = _new_handle(weight)
-        weight.bound = handle, [(t.data_ptr, t.data_ptr()) for t in weight[:6] if t is not None]
-    return handle
-
-
-def _new_handle(weight: PackedWeight) -> _core.Weight:
-    if weight.codebook is None:
-        return _core.Weight.int8_rows(
-            weight.packed.data_ptr(), weight.absmax.data_ptr(), weight.out_features, weight.in_features
-        )
-    return _core.Weight.four_bit(
-        weight.packed.data_ptr(),
-        weight.absmax.data_ptr(),
-        _address(weight.nested_absmax),
-        _address(weight.nested_map),
-        _address(weight.nested_offset),
-        weight.nested_block_size,
-        weight.codebook.data_ptr(),
-        weight.block_size,
-        weight.out_features,
-        weight.in_features,
     )
 
 
@@ -383,18 +300,14 @@ def _round(
         target.shape[0],
         target.shape[1],
         matrix.data_ptr(),
-        _address(order),
+        address_of(order),
         absmax.data_ptr(),
-        _address(codebook),
+        address_of(codebook),
         block_size if codebook is not None else 64,
         sweeps,
         codes.data_ptr(),
         torch.get_num_threads(),
     )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def explain_linear(

@@ -11,7 +11,7 @@ from .. import _core, reference, reference_optim
 from ..errors import LayoutError
 from ..formats import check_block_size, dynamic_map
 from ..reference_optim import AdamWRule
-from .cpu import DTYPE_CODES
+from .addresses import DTYPE_CODES
 
 _M_MAP, _V_MAP = dynamic_map(True), dynamic_map(False)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .cpu import DTYPE_CODES
+from .addresses import DTYPE_CODES
 
 MOST_ROWS = _core.MOST_DENSE_ROWS
 """Rows of x that `dense` takes."""

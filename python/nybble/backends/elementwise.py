@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .cpu import DTYPE_CODES
+from .addresses import DTYPE_CODES
 
 ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}
 

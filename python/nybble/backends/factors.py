@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _core
-from .cpu import DTYPE_CODES
+from .addresses import DTYPE_CODES
 from .products import plain
 
 #: The ISAs under which these kernels have been measured to be faster than torch's products.

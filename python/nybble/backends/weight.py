@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import LayoutError, UnsupportedDtypeError
+from .addresses import address_of
 
 #: The core's codes of what activations are multiplied in, by the name that `QuantConfig.compute` has.
 COMPUTES: dict[str | None, int] = {None: 0, "int8": 1}
@@ -79,21 +80,58 @@ class PackedWeight(NamedTuple):
 
 
 class BoundWeight(PackedWeight):
-    """A PackedWeight of plain CPU tensors that also keeps the core's handle to their addresses.
+    """A PackedWeight of plain tensors that also keeps a core's handle to their addresses.
 
     The handle is made at the first call, after a full `check`, and again whenever one of the tensors has moved
-    (`.data =`, share_memory, a resized storage): addresses are compared in every call. All of it can be derived from
-    the tensors, so it is never copied or saved. One attribute holds it, which threads read and replace as a whole.
+    (`.data =`, share_memory, a resized storage, another device): addresses are compared in every call. All of it can be
+    derived from the tensors, so it is never copied or saved. One attribute holds it, which threads read and replace as
+    a whole.
     """
 
-    #: The core's handle, and what to compare: each tensor's data_ptr and what it returned when the handle was made.
-    bound: tuple[Any, list[tuple[Callable[[], int], int]]] = (None, [])
+    #: The core, its handle, and what to compare: each tensor's data_ptr and what it returned when the handle was made.
+    bound: tuple[Any, Any, list[tuple[Callable[[], int], int]]] = (None, None, [])
 
     @classmethod
     def of(cls, weight: PackedWeight) -> PackedWeight:
-        """`weight` as a BoundWeight, or as it is if its tensors are of a subclass or on another device."""
-        plain = all(t is None or (type(t) in PLAIN and t.is_cpu) for t in weight[:6])
+        """`weight` as a BoundWeight, or as it is if its tensors are of a subclass or on a device without a core."""
+        plain = all(t is None or (type(t) in PLAIN and (t.is_cpu or t.is_cuda)) for t in weight[:6])
         return cls(*weight) if plain else weight
+
+
+def handle_of(weight: PackedWeight, core: Any) -> Any:
+    """The handle of `core` to a checked weight; a BoundWeight is checked again when one of its tensors has moved."""
+    if not isinstance(weight, BoundWeight):
+        return _new_handle(weight, core)
+    owner, handle, places = weight.bound
+    if owner is not core:
+        handle = None
+    for data_ptr, address in places:
+        if data_ptr() != address:
+            handle = None
+    if handle is None:
+        weight.check()
+        handle = _new_handle(weight, core)
+        weight.bound = core, handle, [(t.data_ptr, t.data_ptr()) for t in weight[:6] if t is not None]
+    return handle
+
+
+def _new_handle(weight: PackedWeight, core: Any) -> Any:
+    if weight.codebook is None:
+        return core.Weight.int8_rows(
+            weight.packed.data_ptr(), weight.absmax.data_ptr(), weight.out_features, weight.in_features
+        )
+    return core.Weight.four_bit(
+        weight.packed.data_ptr(),
+        weight.absmax.data_ptr(),
+        address_of(weight.nested_absmax),
+        address_of(weight.nested_map),
+        address_of(weight.nested_offset),
+        weight.nested_block_size,
+        weight.codebook.data_ptr(),
+        weight.block_size,
+        weight.out_features,
+        weight.in_features,
+    )
 
 
 def as_float(bits: Tensor) -> Tensor:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import _core
-from ..backends import cpu, decoding
-from ..backends.cpu import DTYPE_CODES
+from ..backends import decoding
+from ..backends.addresses import DTYPE_CODES
 from ..backends.elementwise import ACTIVATIONS
-from ..backends.weight import PLAIN, BoundWeight
+from ..backends.weight import PLAIN, BoundWeight, handle_of
 from ..nn.factors import LoRA
 from ..nn.linear import QuantLinear
 from ..nn.lora import LoRALinear
@@ -374,7 +374,7 @@ class LeanStep:
     ) -> Tensor:
         weight, bias = layer.operands()
         out = self._empty(self.count, layer.out_features)
-        handle = cpu._handle(weight if isinstance(weight, BoundWeight) else BoundWeight(*weight))
+        handle = handle_of(weight if isinstance(weight, BoundWeight) else BoundWeight(*weight), _core)
         self._keep += [handle, weight, bias, side, right]
         calls.append(
             partial(

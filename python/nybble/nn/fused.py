@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from ..backends import elementwise
-from ..backends.cpu import DTYPE_CODES
+from ..backends.addresses import DTYPE_CODES
 from ..backends.weight import PLAIN
 from ..errors import LayoutError
 
