@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,6 +11,8 @@ from torch import Tensor
 #: The core's codes of the dtypes that it computes with, and of the ways to find a block's scale.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 SEARCHES = {"absmax": 0, "mse": 1, "square": 2, "importance": 3}
+
+LinearOperands: TypeAlias = tuple[int, int, int, int, int, int, int, int, int, int, int]
 
 
 def contiguous_values(x: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def address_of(tensor: Tensor | None) -> int:
 
 def linear_operands(
     x: Tensor, bias: Tensor | None, side: Tensor | None, side_weight: Tensor | None
-) -> tuple[Any, tuple[int, ...]]:
+) -> tuple[Any, LinearOperands]:
     """What a core's `linear` takes between `compute` and `out`, and tensors to keep until the kernel has read them."""
     shape = x.shape
     if x.is_contiguous() and not x.is_neg():

@@ -237,7 +237,7 @@ def _run(
     out: Tensor,
     grad_input: bool,
 ) -> None:
-    kept, operands = linear_operands(x, bias, side, side_weight)  # kept: alive until the kernel has returned
+    _kept, operands = linear_operands(x, bias, side, side_weight)  # _kept: alive until the kernel has returned
     _core.linear(
         handle_of(weight, _core),
         grad_input,

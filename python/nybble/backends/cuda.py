@@ -341,8 +341,8 @@ def _run(
 ) -> Tensor:
     native, device = core(), x.device
     out = new_output(x, weight.in_features if transposed else weight.out_features)
-    # kept: not given back to the allocator before the kernel is on the stream
-    kept, operands = linear_operands(x, bias, side, side_weight)
+    # _kept: not given back to the allocator before the kernel is on the stream
+    _kept, operands = linear_operands(x, bias, side, side_weight)
     index, stream = place(device)
     if not native.linear(
         handle_of(weight, native),
