@@ -23,7 +23,7 @@ class Explanation:
         operation: "forward" or "grad_input". out_features, in_features, m: sizes; m is the number of rows of x.
         dtype, device: of x. format: of the weight.
         kernel: the kernel's name in the core. isa: instruction set. compute: what is multiplied and accumulated.
-        reason: why this one. threads: torch's thread count, of which small problems take one.
+        reason: why this one. threads: torch's thread count, of which small problems take one; for the CPU.
     """
 
     operation: str
@@ -42,9 +42,10 @@ class Explanation:
     def __str__(self) -> str:
         shape = f"[{self.m}, {self.in_features}] x [{self.out_features}, {self.in_features}]"
         dtype = str(self.dtype).removeprefix("torch.")
+        threads = f", {self.threads} threads" if self.device == "cpu" else ""
         return (
             f"{self.operation} {shape} {self.format}, {dtype} on {self.device}: {self.kernel} ({self.isa}, "
-            f"{self.compute}, {self.threads} threads): {self.reason}"
+            f"{self.compute}{threads}): {self.reason}"
         )
 
 
@@ -65,8 +66,8 @@ def explain(
         module_or_shape: a QuantLinear, one with adapters around it, or (out_features, in_features).
         m: rows of x, all leading dimensions together. dtype: of x: float32, float16 or bfloat16.
         grad_input: ask about the backward with respect to x instead of the forward.
-        format: of the weight, when a shape is given ("nf4" by default). device: likewise ("cpu"). compute: likewise,
-            None or "int8" (`QuantConfig.compute`). block_size: likewise (64), of 4-bit formats.
+        format: of the weight, when a shape is given ("nf4" by default). device: likewise ("cpu"), such as "cuda".
+            compute: likewise, None or "int8" (`QuantConfig.compute`). block_size: likewise (64), of 4-bit formats.
 
     >>> explain((4096, 4096), m=1).kernel
     'linear_small_m'
@@ -99,7 +100,7 @@ def explain(
         format, block_size = config.format_name, config.block_size
     device = torch.device(device or "cpu")
     found = backends.of(device).explain_linear(
-        out_features, in_features, m, dtype, format == "int8", grad_input, COMPUTES[compute], block_size or 64
+        out_features, in_features, m, dtype, format == "int8", grad_input, COMPUTES[compute], block_size or 64, device
     )
     return Explanation(
         operation="grad_input" if grad_input else "forward",

@@ -319,6 +319,7 @@ def explain_linear(
     grad_input: bool,
     compute: int = 0,
     block_size: int = 64,
+    device: torch.device | None = None,
 ) -> dict[str, str]:
     """Which kernel `linear` (or `grad_input`) would run, and why: kernel, isa, compute, reason."""
     compute = 0 if grad_input else compute

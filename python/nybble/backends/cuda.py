@@ -393,16 +393,15 @@ def explain_linear(
     grad_input: bool,
     compute: int = 0,
     block_size: int = 64,
-    *,
-    properties: tuple[int, int] | None = None,
+    device: torch.device | None = None,
 ) -> dict[str, str]:
     """Which kernel `linear` (or `grad_input`) would run, and why: kernel, isa, compute, reason.
 
-    Operands are taken to be aligned to 16 bytes, as torch allocates them. `properties`: of the GPU, its compute
-    capability (10 * major + minor) and multiprocessors; the current one's unless given.
+    Operands are taken to be aligned to 16 bytes, as torch allocates them. `device`: the current GPU unless given.
     """
     compute = 0 if grad_input else compute
-    found = properties or core().properties(torch.cuda.current_device())
+    index, _ = place(device or torch.device("cuda"))
+    found = core().properties(index)
     return core().explain_linear(
         out_features, in_features, m, DTYPE_CODES[dtype], int8, grad_input, compute, block_size, *found
     )

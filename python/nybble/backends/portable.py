@@ -19,6 +19,7 @@ from ..reference import (
     round_descent,
     round_feedback,
 )
+from . import cuda
 from .weight import PackedWeight, as_float
 
 __all__ = [
@@ -48,6 +49,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, *, out: Tensor | None =
 
 
 def _dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    weight.check()
     absmax = weight.absmax
     if weight.codebook is None:
         return dequantize_int8(weight.packed.view(weight.out_features, weight.in_features), as_float(absmax), dtype)
@@ -92,12 +94,14 @@ def explain_linear(
     grad_input: bool,
     compute: int = 0,
     block_size: int = 64,
+    device: torch.device | None = None,
 ) -> dict[str, str]:
     """What would run, and why."""
+    why = cuda.missing(device) if device is not None and device.type == "cuda" else "there are none for its kind yet"
     rounded = compute == 1 and not grad_input
     return {
         "kernel": "dequantize + matmul",
         "isa": "torch",
         "compute": "int8 activations, fp32" if rounded else str(dtype).removeprefix("torch."),
-        "reason": "this device has no kernels of nybble's own yet; torch does it with the dequantized weight",
+        "reason": f"this device has no kernels of nybble's own ({why}); torch does it with the dequantized weight",
     }

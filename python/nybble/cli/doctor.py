@@ -10,6 +10,8 @@ from typing import Annotated
 
 import typer
 
+from .shared import check_device
+
 # [out_features, in_features] of common layers: square 7B attention, 7B MLP, 135M MLP.
 SHAPES = ((4096, 4096), (11008, 4096), (1536, 576))
 ROWS = (1, 256)
@@ -31,6 +33,22 @@ def openmp_runtimes() -> list[str] | None:
         return None
     paths = {line.split(maxsplit=5)[5] for line in lines if len(line.split(maxsplit=5)) == 6}
     return sorted(path for path in paths if re.match(r"lib(gomp|iomp5|omp)\b", os.path.basename(path)))
+
+
+def cuda_kernels() -> str:
+    """Whether nybble's kernels for NVIDIA GPUs are there, and serve the ones of this machine."""
+    import torch
+
+    from nybble.backends import cuda
+
+    try:
+        cuda.core()
+    except ImportError:
+        return "not built: building them needs nvcc (NYBBLE_CUDA=ON says what is missing)"
+    if not torch.cuda.is_available():
+        return "built; torch sees no GPU"
+    gpus = [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
+    return "\n".join(f"{gpu}: {cuda.missing(gpu) or 'served'}" for gpu in gpus)
 
 
 def facts() -> list[tuple[str, str]]:
@@ -60,6 +78,7 @@ def facts() -> list[tuple[str, str]]:
         ("OpenMP runtimes", openmp),
         ("torch", torch.__version__),
         ("CUDA in torch", cuda),
+        ("CUDA kernels", cuda_kernels()),
         ("MPS in torch", "yes" if torch.backends.mps.is_available() else "no"),
     ]
 
@@ -68,6 +87,7 @@ def command(
     shape: Annotated[str | None, typer.Option(help="N,K (out_features, in_features) to explain.")] = None,
     m: Annotated[int | None, typer.Option("--m", help="Rows of the input (tokens).")] = None,
     dtype: Annotated[str, typer.Option(help="The input's dtype: float32, bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
     """Say what runs here: instruction sets, threads, OpenMP, devices, and the kernel chosen for a shape."""
     shapes = SHAPES if shape is None else (parse_shape(shape),)
@@ -81,19 +101,21 @@ def command(
 
     import nybble
 
+    check_device(device)
     console = Console(soft_wrap=True)
     table = Table("what", "value", show_header=False)
     table.columns[1].overflow = "fold"  # a path is copied whole or not at all
     for what, value in facts():
         table.add_row(what, value)
     console.print(table)
-    title = f"kernels for {dtype} input, {torch.get_num_threads()} threads"
+    where = f"{torch.get_num_threads()} threads" if device == "cpu" else device
+    title = f"kernels for {dtype} input, {where}"
     kernels = Table("N, K", "m", "operation", "kernel", "computes in", title=title, title_justify="left")
     reasons: dict[str, None] = {}
     for size in shapes:
         for rows in ROWS if m is None else (m,):
             for backward in (False, True):
-                chosen = nybble.explain(size, m=rows, dtype=getattr(torch, dtype), grad_input=backward)
+                chosen = nybble.explain(size, m=rows, dtype=getattr(torch, dtype), grad_input=backward, device=device)
                 shown = f"{size[0]}, {size[1]}"
                 kernels.add_row(shown, str(rows), chosen.operation, chosen.kernel, chosen.compute)
                 reasons[f"{chosen.kernel} for {chosen.operation}: {chosen.reason}"] = None

@@ -23,6 +23,17 @@ def load_tokenizer(directory: Path) -> Any:
     return AutoTokenizer.from_pretrained(directory, local_files_only=True)
 
 
+def check_device(device: str) -> None:
+    """Raises ValueError unless this machine has it."""
+    import torch
+
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not available.get(device.partition(":")[0], False):
+        raise ValueError(
+            f"device is {device!r}; this machine has: {', '.join(d for d, has in available.items() if has)}"
+        )
+
+
 def load_model(
     directory: Path, adapter: Path | None = None, device: str = "cpu", dtype: Any = None
 ) -> tuple[PreTrainedModel, Any]:
@@ -30,15 +41,9 @@ def load_model(
 
     dtype: of the weights that are not quantized; the checkpoint's by default.
     """
-    import torch
-
     from ..checkpoint import load, load_adapter
 
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if not available.get(device.partition(":")[0], False):
-        raise ValueError(
-            f"device is {device!r}; this machine has: {', '.join(d for d, has in available.items() if has)}"
-        )
+    check_device(device)
     model = load(directory, device=device, dtype=dtype)
     if adapter is not None:
         load_adapter(model, adapter)
