@@ -72,7 +72,8 @@ _LEARNED = "learned"
 _FORMATS = (*_CODEBOOKS, "int8", _LEARNED)
 _SEARCHES = ("absmax", "mse", "square")
 _COMPUTES = (None, "int8")
-_OVERRIDABLE = ("format", "block_size", "double_quant", "search", "compute")
+_FP32_MAX = torch.finfo(torch.float32).max
+_OVERRIDABLE = ("format", "block_size", "double_quant", "search", "compute", "outlier_threshold")
 
 
 def check_block_size(block_size: int, argument: str = "block_size") -> int:
@@ -172,8 +173,13 @@ class QuantConfig:
             How a layer computes, not what is stored: files do not keep it.
         skip: name patterns (see `match_module`) of modules that stay as they are.
         include: if not empty, only modules that match one of these patterns are quantized.
-        overrides: name pattern -> a format, a dict of the fields above (`format` to `compute`), or None to skip. The
-            first pattern that matches wins, also over `skip` and `include`.
+        overrides: name pattern -> a format, a dict of `format`, `block_size`, `double_quant`, `search`, `compute` and
+            `outlier_threshold`, or None to skip. The first pattern that matches wins, also over `skip` and `include`.
+        outlier_threshold: with compute="int8" only. Columns of x (features) in which any magnitude among all rows of a
+            call reaches it are multiplied in x's own precision with the weight's own values, and only the others are
+            rounded to int8 (LLM.int8, arXiv 2208.07339, which takes 6.0): one feature that is far larger than the rest
+            then no longer sets the step of its row. None: every column is rounded. Forward only, and not stored, as
+            `compute`.
 
     Raises:
         FormatError: a field has a value that is not allowed; the message lists those that are.
@@ -187,6 +193,7 @@ class QuantConfig:
     skip: tuple[str, ...] = ("lm_head",)
     overrides: Mapping[str, str | Mapping[str, Any] | None] = field(default_factory=dict, hash=False)
     include: tuple[str, ...] = ()
+    outlier_threshold: float | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.format, str):
@@ -208,6 +215,7 @@ class QuantConfig:
                 f"compute is {self.compute!r}; allowed are None (activations keep their precision) and 'int8' "
                 "(activations rounded to int8, row by row)"
             )
+        self._check_threshold()
         for name in ("skip", "include"):
             value = getattr(self, name)
             patterns = (value,) if isinstance(value, str) else tuple(value)
@@ -220,19 +228,38 @@ class QuantConfig:
         for pattern, override in self.overrides.items():
             self._overridden(pattern, override)
 
+    def _check_threshold(self) -> None:
+        threshold = self.outlier_threshold
+        if threshold is None:
+            return
+        number = isinstance(threshold, (int, float)) and not isinstance(threshold, bool)
+        if not number or not 0 < threshold <= _FP32_MAX:
+            raise FormatError(
+                f"outlier_threshold is {threshold!r}; it must be None or a number above 0 that fp32 can hold"
+            )
+        if self.compute != "int8":
+            raise FormatError(
+                f"outlier_threshold is {threshold!r} with compute={self.compute!r}; it takes compute='int8', which is "
+                "what rounds activations"
+            )
+        object.__setattr__(self, "outlier_threshold", float(threshold))
+
     def _overridden(self, pattern: str, override: str | Mapping[str, Any] | None) -> QuantConfig | None:
         """This configuration with one override applied (None: skip)."""
         if not isinstance(pattern, str) or not pattern:
             raise FormatError(f"overrides has the key {pattern!r}; keys must be non-empty name patterns")
         if override is None:
             return None
-        changes = dict(override) if isinstance(override, Mapping) else {"format": override}
+        changes: dict[str, Any] = dict(override) if isinstance(override, Mapping) else {"format": override}
         unknown = [key for key in changes if key not in _OVERRIDABLE]
         if unknown:
             raise FormatError(f"overrides[{pattern!r}] has {unknown}; allowed are {', '.join(_OVERRIDABLE)}")
         if changes.get("format") == "int8":
             # The rest of the model may use a search that int8 does not have.
             changes.setdefault("search", "absmax")
+        if changes.get("compute", self.compute) is None:
+            # The rest of the model may round activations; this does not.
+            changes.setdefault("outlier_threshold", None)
         try:
             return replace(self, **changes, overrides={})
         except FormatError as error:

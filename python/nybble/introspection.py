@@ -59,6 +59,7 @@ def explain(
     device: str | torch.device | None = None,
     compute: str | None = None,
     block_size: int | None = None,
+    outlier_threshold: float | None = None,
 ) -> Explanation:
     """Which kernel would run a quantized linear operation, and why.
 
@@ -68,6 +69,7 @@ def explain(
         grad_input: ask about the backward with respect to x instead of the forward.
         format: of the weight, when a shape is given ("nf4" by default). device: likewise ("cpu"), such as "cuda".
             compute: likewise, None or "int8" (`QuantConfig.compute`). block_size: likewise (64), of 4-bit formats.
+            outlier_threshold: likewise, of `QuantConfig`.
 
     >>> explain((4096, 4096), m=1).kernel
     'linear_small_m'
@@ -87,6 +89,7 @@ def explain(
         out_features, in_features = layer.out_features, layer.in_features
         format, device = layer.config.format_name, layer.packed_weight().packed.device
         compute, block_size = layer.config.compute, layer.config.block_size
+        outlier_threshold = layer.config.outlier_threshold
     else:
         if not isinstance(module_or_shape, Sequence) or len(module_or_shape) != 2:
             raise TypeError(
@@ -96,12 +99,19 @@ def explain(
         if len(shape) != 2 or min(shape) < 0:
             raise ValueError(f"shape is {shape}; it must be (out_features, in_features), sizes of 0 or more")
         out_features, in_features = shape
-        config = QuantConfig(format=format or "nf4", compute=compute, block_size=block_size or 64)
+        config = QuantConfig(
+            format=format or "nf4",
+            compute=compute,
+            block_size=block_size or 64,
+            outlier_threshold=outlier_threshold,
+        )
         format, block_size = config.format_name, config.block_size
     device = torch.device(device or "cpu")
     found = backends.of(device).explain_linear(
         out_features, in_features, m, dtype, format == "int8", grad_input, COMPUTES[compute], block_size or 64, device
     )
+    if outlier_threshold is not None and "int8" in found["compute"]:
+        found["reason"] += f"; columns of x that reach {outlier_threshold} are multiplied in its own precision"
     return Explanation(
         operation="grad_input" if grad_input else "forward",
         out_features=out_features,

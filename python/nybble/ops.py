@@ -52,7 +52,8 @@ def linear(
     Args:
         x: [..., in_features], fp32, fp16 or bf16; any strides.
         weight: the quantized weight [out_features, in_features]. Where weight.compute is 1, each row of x is rounded
-            to int8 (`nybble.reference.linear_int8_activations`); gradients are those of the unrounded product.
+            to int8 (`nybble.reference.linear_int8_activations`), but for the columns of x that reach
+            weight.outlier_threshold, if that is above 0; gradients are those of the unrounded product.
         bias: [out_features].
         side: [..., R], goes together with side_weight: [out_features, R].
 
@@ -421,7 +422,8 @@ _EAGER = {function: _eager(function) for function in (_Linear, _GradInput, _LoRA
 
 _WEIGHT = (
     "Tensor packed, Tensor absmax, Tensor? codebook, Tensor? nested_absmax, Tensor? nested_map, Tensor? nested_offset, "
-    "SymInt out_features, SymInt in_features, int block_size, int nested_block_size, int compute"
+    "SymInt out_features, SymInt in_features, int block_size, int nested_block_size, int compute, "
+    "float outlier_threshold"
 )
 _WEIGHT_ARGS = len(PackedWeight._fields)
 

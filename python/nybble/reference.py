@@ -272,7 +272,12 @@ def linear(
 
 
 def linear_int8_activations(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, side: Tensor | None = None, side_weight: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    side: Tensor | None = None,
+    side_weight: Tensor | None = None,
+    outlier_threshold: float | None = None,
 ) -> Tensor:
     """`linear` with each row of x rounded to int8 first: what `compute="int8"` means.
 
@@ -280,18 +285,37 @@ def linear_int8_activations(
     y = scale * (q W^T) + side side_weight^T + bias. An activation is off by at most scale / 2, its row's absmax / 254,
     besides fp32's rounding. A row with a NaN or an infinity gives NaN. The side path is not rounded.
 
+    With an outlier threshold (LLM.int8, arXiv 2208.07339) a column of x in which the magnitude of any row reaches it is
+    an outlier: it counts as 0 in the above, for scale and q alike, and its product with W's column, unrounded, is
+    added. So a NaN or an infinity in an outlier column reaches only what it is multiplied to.
+
     Arguments and result as for `linear`. A kernel whose weight is int8 too sums q times the weight's integers exactly
     and scales the sum.
     """
     values = x.float()
+    outliers = outlier_columns(x, outlier_threshold)
+    exact = None
+    if outliers is not None:
+        exact = values[..., outliers] @ weight.float()[:, outliers].t()
+        values = values.index_fill(-1, outliers, 0.0)
     scale = values.abs().amax(-1, keepdim=True) / 127.0 if x.shape[-1] else values.new_zeros(*x.shape[:-1], 1)
     q = torch.where(scale == 0, 0.0, torch.round(values / scale).clamp(-127.0, 127.0))
     y = scale * (q @ weight.float().t())
+    if exact is not None:
+        y = y + exact
     if side is not None and side_weight is not None:
         y = y + side.float() @ side_weight.float().t()
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)
+
+
+def outlier_columns(x: Tensor, threshold: float | None) -> Tensor | None:
+    """The columns of x [..., K] in which any magnitude reaches the threshold, int64 ascending; None where none does."""
+    if not threshold or not x.numel():
+        return None
+    found = (x.reshape(-1, x.shape[-1]).float().abs() >= threshold).any(0).nonzero().reshape(-1)
+    return found if found.numel() else None
 
 
 def grad_input(g: Tensor, weight: Tensor, side: Tensor | None = None, side_weight: Tensor | None = None) -> Tensor:

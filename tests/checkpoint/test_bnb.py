@@ -80,7 +80,11 @@ def test_config_block_is_bitsandbytes_only_where_it_can_read_all() -> None:
 
 
 def test_a_file_says_nothing_of_how_a_layer_computes() -> None:
-    config = QuantConfig(compute="int8", overrides={"a": {"compute": "int8", "block_size": 32}, "b": "int8", "c": None})
+    config = QuantConfig(
+        compute="int8",
+        outlier_threshold=6.0,
+        overrides={"a": {"compute": "int8", "outlier_threshold": 3.0, "block_size": 32}, "b": "int8", "c": None},
+    )
     stored = bnb.quantization_config(config, [config], "bfloat16", None)["nybble"]
     assert stored["compute"] is None
     assert stored["overrides"] == {"a": {"block_size": 32}, "b": "int8", "c": None}

@@ -187,7 +187,8 @@ configs = st.builds(
     block_size=st.sampled_from(BLOCK_SIZES),
     double_quant=st.booleans(),
     search=st.sampled_from(("absmax", "mse")),
-    compute=st.sampled_from((None, "int8")),
+    compute=st.just("int8"),
+    outlier_threshold=st.sampled_from((None, 6, 2.5)),
     skip=st.sampled_from(((), ["lm_head"], ("a", "b.*"))),
     overrides=st.sampled_from(({}, {"a": "int8"}, {"b": {"block_size": 32}, "c": None}, {"d": {"format": INT4}})),
 )

@@ -16,9 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nybble import LoRALinear, QuantConfig, QuantLinear, explain, ops, quantize_, reference
 from nybble.backends import portable
-from nybble.errors import LayoutError
+from nybble.backends.weight import decoded_columns
+from nybble.errors import FormatError, LayoutError
 
 INT8 = QuantConfig(compute="int8")
+OUTLIERS = QuantConfig(compute="int8", outlier_threshold=2.5)
 
 
 class Calls(TorchDispatchMode):
@@ -70,12 +72,70 @@ def test_portable_devices_compute_the_reference(config: str) -> None:
     tensor = quant_linear(CONFIGS[config]).quant_tensor()
     weight = tensor.packed_weight()._replace(compute=1)
     x, bias, side, side_weight = torch.randn(2, 3, 70), torch.randn(10), torch.randn(2, 3, 4), torch.randn(10, 4)
-    expected = reference.linear_int8_activations(x, tensor.dequantize(torch.float32), bias, side, side_weight)
-    assert torch.equal(portable.linear(x, weight, bias, side, side_weight), expected)
-    assert not torch.equal(portable.linear(x, weight._replace(compute=0), bias, side, side_weight), expected)
+    for threshold in (0.0, 2.5):
+        expected = reference.linear_int8_activations(
+            x, tensor.dequantize(torch.float32), bias, side, side_weight, threshold
+        )
+        weight = weight._replace(outlier_threshold=threshold)
+        assert torch.equal(portable.linear(x, weight, bias, side, side_weight), expected)
+    plain = weight._replace(compute=0, outlier_threshold=0.0)
+    assert not torch.equal(portable.linear(x, plain, bias, side, side_weight), expected)
     found = portable.explain_linear(8, 8, 1, torch.float32, False, False, 1)
     assert "int8 activations" in found["compute"]
     assert portable.explain_linear(8, 8, 1, torch.float32, False, True, 1)["compute"] == "float32"
+
+
+# ---- outlier columns -------------------------------------------------------------------------------------------------
+
+
+def test_outlier_columns_are_multiplied_as_they_are() -> None:
+    # Column 1 reaches 6 in the second row alone, column 3 with both signs; 5.99 does not. What is left is rounded by a
+    # scale that the outliers do not set: 2.54 / 127 = 0.02.
+    x = torch.tensor([[2.54, 0.123, 0.03, -6.0], [1.27, 100.017, 0.005, 7.001], [5.99, 0.0, 0.0, 0.0]])
+    y = reference.linear_int8_activations(x, torch.eye(4), outlier_threshold=6.0)
+    expected = torch.tensor([[2.54, 0.123, 0.04, -6.0], [1.27, 100.017, 0.0, 7.001], [5.99, 0.0, 0.0, 0.0]])
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-7)
+    assert reference.outlier_columns(x, 6.0).tolist() == [1, 3]
+    for threshold in (None, 0.0, 1000.0):
+        assert reference.outlier_columns(x, threshold) is None
+        again = reference.linear_int8_activations(x, torch.eye(4), outlier_threshold=threshold)
+        assert torch.equal(again, reference.linear_int8_activations(x, torch.eye(4)))
+    assert reference.outlier_columns(torch.empty(0, 4), 6.0) is None
+    assert reference.outlier_columns(torch.empty(3, 0), 6.0) is None
+
+
+@given(st.floats(0.5, 5.0), st.sampled_from(DTYPES), st.integers(0, 2**31))
+def test_an_activation_beside_outliers_is_off_by_half_a_smaller_step(
+    threshold: float, dtype: torch.dtype, seed: int
+) -> None:
+    # As above, with the largest magnitude below the threshold.
+    torch.manual_seed(seed)
+    x = torch.randn(5, 40).to(dtype)
+    x[:, [3, 17]] *= 30
+    y = reference.linear_int8_activations(x, torch.eye(40), outlier_threshold=threshold).double()
+    outlier = (x.float().abs() >= threshold).any(0)
+    assert torch.equal(y[:, outlier], x.double()[:, outlier])
+    absmax = x.double().abs().masked_fill(outlier, 0.0).amax(1, keepdim=True)
+    bound = absmax / 254 * (1 + 4 * 127 * 2.0**-23) + torch.finfo(dtype).eps / 2 * absmax * 1.01
+    assert bool(((y - x.double()).abs()[:, ~outlier] <= bound).all())
+
+
+def test_an_infinity_in_an_outlier_column_stays_in_its_outputs() -> None:
+    x = torch.tensor([[torch.inf, 1.0], [2.0, 1.0], [torch.nan, 1.0]])
+    weight = torch.tensor([[1.0, 1.0], [-2.0, 1.0]])
+    y = reference.linear_int8_activations(x, weight, outlier_threshold=6.0)
+    torch.testing.assert_close(
+        y, torch.tensor([[torch.inf, -torch.inf], [3.0, -3.0], [torch.nan, torch.nan]]), equal_nan=True
+    )
+
+
+@pytest.mark.parametrize("config", list(CONFIGS))
+def test_columns_are_decoded_as_the_whole_weight_is(config: str) -> None:
+    for k in (70, 33):
+        tensor = quant_linear(CONFIGS[config], k=k).quant_tensor()
+        columns = torch.tensor([0, 1, 5, k - 2, k - 1])
+        found = decoded_columns(tensor.packed_weight(), columns)
+        assert torch.equal(found, tensor.dequantize(torch.float32)[:, columns])
 
 
 # ---- from the configuration to the kernel ----------------------------------------------------------------------------
@@ -83,37 +143,54 @@ def test_portable_devices_compute_the_reference(config: str) -> None:
 
 def test_the_configuration_reaches_the_operator() -> None:
     x = torch.randn(3, 70)
-    for config, code in ((None, 0), (INT8, 1)):
+    for config, code, threshold in ((None, 0, 0.0), (INT8, 1, 0.0), (OUTLIERS, 1, 2.5)):
         layer = quant_linear(config)
-        assert layer.packed_weight().compute == code
+        assert layer.packed_weight()[-2:] == (code, threshold)
         lora = LoRALinear.from_base(quant_linear(config), 2, 4.0)
         with Calls() as calls:
             layer(x)
             lora(x)
-        assert [(name, arguments["compute"]) for name, arguments in calls.seen] == [
-            ("nybble::linear", code),
-            ("nybble::lora_linear", code),
-        ]
+        found = [(name, arguments["compute"], arguments["outlier_threshold"]) for name, arguments in calls.seen]
+        assert found == [("nybble::linear", code, threshold), ("nybble::lora_linear", code, threshold)]
 
 
 def test_patterns_override_it() -> None:
     model = nn.Sequential(linear(70, 70), linear(10, 70))
     quantize_(model, QuantConfig(overrides={"1": {"compute": "int8"}}))
     assert [layer.config.compute for layer in model] == [None, "int8"]
+    config = QuantConfig(
+        compute="int8", outlier_threshold=6, overrides={"0": {"compute": None}, "1": {"outlier_threshold": 3.0}}
+    )
+    assert [config.for_module(name).outlier_threshold for name in "012"] == [None, 3.0, 6.0]
+
+
+@pytest.mark.parametrize("threshold", [0, -1.0, float("nan"), float("inf"), 1e39, True, "6"])
+def test_a_threshold_must_be_a_number_above_zero(threshold: object) -> None:
+    with pytest.raises(FormatError, match=r"outlier_threshold is .*number above 0"):
+        QuantConfig(compute="int8", outlier_threshold=threshold)
+
+
+def test_a_threshold_needs_int8() -> None:
+    with pytest.raises(FormatError, match="compute='int8'"):
+        QuantConfig(outlier_threshold=6.0)
+    weight = quant_linear().packed_weight()
+    for bad in (weight._replace(outlier_threshold=6.0), weight._replace(compute=1, outlier_threshold=-1.0)):
+        with pytest.raises(LayoutError, match="outlier_threshold is"):
+            ops.linear(torch.randn(1, 70), bad)
 
 
 def test_it_stays_with_the_layer_and_out_of_its_state() -> None:
     for name, config in CONFIGS.items():
-        layer = quant_linear(replace(config, compute="int8"))
+        layer = quant_linear(replace(config, compute="int8", outlier_threshold=6.0))
         plain = quant_linear(config)
         assert all(
             torch.equal(a, b) for a, b in zip(layer.state_dict().values(), plain.state_dict().values(), strict=True)
         )
         for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-            assert copied.config.compute == "int8"
+            assert (copied.config.compute, copied.config.outlier_threshold) == ("int8", 6.0)
         # A layer that adopts another format keeps how it computes; one that loads such a state does not take it over.
         layer.load_state_dict(quant_linear(CONFIGS["int8" if config.is_4bit else "nf4"]).state_dict())
-        assert layer.config.compute == "int8", name
+        assert (layer.config.compute, layer.config.outlier_threshold) == ("int8", 6.0), name
         plain.load_state_dict(layer.state_dict())
         assert plain.config.compute is None
         assert QuantLinear.from_quant_tensor(layer.quant_tensor()).config.compute is None
@@ -122,7 +199,12 @@ def test_it_stays_with_the_layer_and_out_of_its_state() -> None:
 def test_repr_and_explain_say_it() -> None:
     layer = quant_linear(INT8)
     assert "compute=int8" in repr(layer)
+    assert "compute=int8, outlier_threshold=2.5" in repr(quant_linear(OUTLIERS))
     assert "compute" not in repr(quant_linear())
+    assert "threshold" not in repr(layer)
+    assert "reach 2.5" in explain(quant_linear(OUTLIERS), m=3).reason
+    assert explain(quant_linear(OUTLIERS), m=3) == explain((10, 70), m=3, compute="int8", outlier_threshold=2.5)
+    assert explain(quant_linear(OUTLIERS), m=3, grad_input=True) == explain(layer, m=3, grad_input=True)
     assert explain(layer, m=3) == explain((10, 70), m=3, compute="int8")
     assert explain(layer, m=3, grad_input=True) == explain((10, 70), m=3, grad_input=True)
     with pytest.raises(ValueError, match="compute is 'int3'"):
@@ -149,12 +231,14 @@ def test_the_gradient_is_that_of_the_unrounded_product(registered: bool) -> None
         g = torch.randn(5, 10)
         return [*torch.autograd.grad(plain, (x, bias), g), *torch.autograd.grad(lora, (x, bias, a, b), g)]
 
-    for one, other in zip(gradients(INT8), gradients(None), strict=True):
+    for one, two, other in zip(gradients(INT8), gradients(OUTLIERS), gradients(None), strict=True):
         assert torch.equal(one, other)
+        assert torch.equal(two, other)
 
 
 def test_compiled_equals_eager() -> None:
-    layer, x = quant_linear(INT8), torch.randn(4, 70)
-    torch.compiler.reset()
-    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
+    for config in (INT8, OUTLIERS):
+        layer, x = quant_linear(config), torch.randn(4, 70)
+        torch.compiler.reset()
+        assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x), layer(x))
     torch.compiler.reset()

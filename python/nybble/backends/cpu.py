@@ -12,7 +12,7 @@ from .. import _core, reference  # after torch: the core shares its OpenMP runti
 from ..errors import LayoutError
 from ..formats import NESTED_BLOCK_SIZE, check_block_size, dynamic_map
 from .addresses import DTYPE_CODES, SEARCHES, address_of, contiguous_values, linear_operands, new_output
-from .weight import PackedWeight, handle_of
+from .weight import PackedWeight, decoded_columns, handle_of
 
 #: Said wherever memory is made: a caller's torch.device context or default device must not decide.
 _CPU = torch.device("cpu")
@@ -209,7 +209,7 @@ def linear(
 
     Args:
         x: [..., in_features], fp32, fp16 or bf16. Where weight.compute is 1, each row is rounded to int8
-            (`nybble.reference.linear_int8_activations`).
+            (`nybble.reference.linear_int8_activations`), but for columns that reach weight.outlier_threshold.
         bias: [out_features]. side: [..., R]. side_weight: [out_features, R].
 
     Returns:
@@ -217,8 +217,24 @@ def linear(
         else, like fp16 and fp32, in fp32.
     """
     out = new_output(x, weight.out_features)
+    if weight.outlier_threshold:
+        x, side, side_weight = _outliers_aside(x, weight, side, side_weight)
     _run(x, weight, bias, side, side_weight, out, False)
     return out
+
+
+def _outliers_aside(
+    x: Tensor, weight: PackedWeight, side: Tensor | None, side_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """x without its outlier columns, which become columns of the side path: that is never rounded to int8."""
+    x = x.detach()
+    outliers = reference.outlier_columns(x, weight.outlier_threshold)
+    if outliers is None:
+        return x, side, side_weight
+    left, right = x[..., outliers], decoded_columns(weight, outliers)
+    if side is not None and side_weight is not None:
+        left, right = torch.cat([left, side.detach()], -1), torch.cat([right, side_weight.detach()], 1)
+    return x.index_fill(-1, outliers, 0.0), left, right
 
 
 def grad_input(g: Tensor, weight: PackedWeight, side: Tensor | None, side_weight: Tensor | None) -> Tensor:

@@ -70,7 +70,9 @@ def linear(
 ) -> Tensor:
     """x W^T + side side_weight^T + bias in x's dtype; x [..., in_features]; weight.compute as on the CPU."""
     if weight.compute == 1:
-        return linear_int8_activations(x, dequantize(weight, torch.float32), bias, side, side_weight)
+        return linear_int8_activations(
+            x, dequantize(weight, torch.float32), bias, side, side_weight, weight.outlier_threshold
+        )
     y = x @ dequantize(weight, x.dtype).t()
     if side is not None and side_weight is not None:
         y = y + side.to(x.dtype) @ side_weight.to(x.dtype).t()

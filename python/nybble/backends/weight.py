@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class PackedWeight(NamedTuple):
             the scales are plain.
         out_features, in_features, block_size, nested_block_size: sizes; block_size is 0 for int8.
         compute: one of `COMPUTES`: 0, activations keep their precision; 1, `linear` rounds each row of x to int8.
+        outlier_threshold: with compute 1: columns of x that reach it are not rounded; 0: all are.
     """
 
     packed: Tensor
@@ -45,6 +47,7 @@ class PackedWeight(NamedTuple):
     block_size: int
     nested_block_size: int
     compute: int = 0
+    outlier_threshold: float = 0.0
 
     @property
     def is_int8(self) -> bool:
@@ -55,6 +58,11 @@ class PackedWeight(NamedTuple):
         """Raises LayoutError or UnsupportedDtypeError unless each tensor has the size and dtype that kernels read."""
         if self.compute not in (0, 1):
             raise LayoutError(f"compute is {self.compute}; allowed are 0 (native) and 1 (int8 activations)")
+        if not 0.0 <= self.outlier_threshold < math.inf or (self.outlier_threshold and self.compute != 1):
+            raise LayoutError(
+                f"outlier_threshold is {self.outlier_threshold} with compute {self.compute}; it must be 0 (none), or "
+                "above 0 with compute 1"
+            )
         count = self.out_features * self.in_features
         for name, tensor in zip(self._fields[1:6], self[1:6], strict=True):
             if tensor is not None and tensor.device != self.packed.device:
@@ -132,6 +140,25 @@ def _new_handle(weight: PackedWeight, core: Any) -> Any:
         weight.out_features,
         weight.in_features,
     )
+
+
+def decoded_columns(weight: PackedWeight, columns: Tensor) -> Tensor:
+    """The weight's columns [out_features, len(columns)] in fp32, the bits that `dequantize` gives; columns int64."""
+    at = columns + torch.arange(weight.out_features, device=columns.device).unsqueeze(1) * weight.in_features
+    packed = weight.packed.reshape(-1)
+    if weight.codebook is None:
+        return packed[at].float() * as_float(weight.absmax).unsqueeze(1) / 127.0
+    codes = torch.where(at % 2 == 0, packed[at // 2] >> 4, packed[at // 2] & 15)
+    blocks = at // weight.block_size
+    scales = as_float(weight.absmax)[blocks] if weight.nested_absmax is None else _nested_scales(weight, blocks)
+    return as_float(weight.codebook)[codes.long()] * scales
+
+
+def _nested_scales(weight: PackedWeight, blocks: Tensor) -> Tensor:
+    nested, nested_map, offset = weight.nested_absmax, weight.nested_map, weight.nested_offset
+    assert nested is not None and nested_map is not None and offset is not None  # `check` saw to it
+    factors = as_float(nested)[blocks // weight.nested_block_size]
+    return as_float(nested_map)[weight.absmax[blocks].long()] * factors + as_float(offset)
 
 
 def as_float(bits: Tensor) -> Tensor:

@@ -165,11 +165,12 @@ def quantization_config(
 
 def stored(config: QuantConfig) -> QuantConfig:
     """`config` without what tells only how a layer computes: a file says what its bytes are."""
+    how = ("compute", "outlier_threshold")
     overrides = {
-        pattern: {k: v for k, v in override.items() if k != "compute"} if isinstance(override, Mapping) else override
+        pattern: {k: v for k, v in override.items() if k not in how} if isinstance(override, Mapping) else override
         for pattern, override in config.overrides.items()
     }
-    return replace(config, compute=None, overrides=overrides)
+    return replace(config, compute=None, outlier_threshold=None, overrides=overrides)
 
 
 def source_quantization(config: Mapping[str, Any] | None) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import _core
+from .. import _core, ops
 from ..backends import decoding
 from ..backends.addresses import DTYPE_CODES
 from ..backends.elementwise import ACTIVATIONS
@@ -376,6 +376,9 @@ class LeanStep:
         out = self._empty(self.count, layer.out_features)
         handle = handle_of(weight if isinstance(weight, BoundWeight) else BoundWeight(*weight), _core)
         self._keep += [handle, weight, bias, side, right]
+        if weight.outlier_threshold:  # which columns are outliers is found in every call
+            calls.append(lambda: out.copy_(ops.linear(x, weight, bias, side, right)))
+            return out
         calls.append(
             partial(
                 _core.linear, handle, False, weight.compute, x.data_ptr(), x.shape[1], self.count,

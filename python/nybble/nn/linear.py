@@ -177,6 +177,7 @@ class QuantLinear(nn.Module):
             self.config.block_size if self.codebook is not None else 0,
             self.nested_block_size,
             COMPUTES[self.config.compute],
+            self.config.outlier_threshold or 0.0,
         )
 
     def operands(self) -> tuple[PackedWeight, Tensor | None]:
@@ -250,6 +251,8 @@ class QuantLinear(nn.Module):
         scales = ", double_quant" if self.nested_absmax is not None else ""
         blocks = f", block_size={self.config.block_size}" if self.config.is_4bit else ""
         compute = "" if self.config.compute is None else f", compute={self.config.compute}"
+        if self.config.outlier_threshold is not None:
+            compute += f", outlier_threshold={self.config.outlier_threshold}"
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"format={self.config.format_name}{blocks}{scales}{compute}"
@@ -333,7 +336,11 @@ def _cloned(tensor: QuantTensor) -> QuantTensor:
 def _describe(tensor: QuantTensor, config: QuantConfig) -> QuantConfig:
     """`config` if it describes the tensor's layout, else one that does."""
     if tensor.codebook is None:
-        return config if not config.is_4bit else QuantConfig(format="int8", double_quant=False, compute=config.compute)
+        if not config.is_4bit:
+            return config
+        return QuantConfig(
+            "int8", double_quant=False, compute=config.compute, outlier_threshold=config.outlier_threshold
+        )
     same = (
         config.format_name == tensor.format != "custom"
         and config.block_size == tensor.block_size
