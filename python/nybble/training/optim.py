@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference, reference_optim
-from ..backends import cpu_optim
+from ..backends import cpu_optim, cuda_optim
 from ..errors import LayoutError, UnsupportedDtypeError
 from ..formats import check_block_size
 from ..reference_optim import AdamWRule, adamw_rule, rounding_key
@@ -26,9 +26,9 @@ _SCALES = ("exp_avg_absmax", "exp_avg_sq_absmax")
 class AdamW(torch.optim.Optimizer):
     """AdamW (arXiv 1711.05101) with torch.optim.AdamW's rule, its moments in fp32 or in blocks of 8-bit codes.
 
-    On the CPU a step is one pass over parameter, gradient and moments, and gives the same bits for any number of
-    threads. Elsewhere, and for a parameter that is not contiguous, the same rule runs as plain torch operations. All
-    arithmetic is fp32 whatever the dtypes (`nybble.reference_optim`).
+    On the CPU and on NVIDIA GPUs a step is one pass over parameter, gradient and moments, and gives the same bits on
+    both and for any number of threads. Elsewhere, and for a parameter that is not contiguous, the same rule runs as
+    plain torch operations. All arithmetic is fp32 whatever the dtypes (`nybble.reference_optim`).
 
     Args:
         params: parameters, fp32, fp16 or bf16; or groups, each of which may set any of the options below.
@@ -114,8 +114,8 @@ class AdamW(torch.optim.Optimizer):
         Raises:
             RuntimeError: a gradient is sparse; no parameter has been changed.
             NonFiniteError: a gradient is NaN, infinite or beyond fp32 when squared, and its moments are kept in 8 bits.
-                Parameters before it have been updated, so the run should go on from saved state. With fp32 moments
-                such an element becomes NaN as in torch.optim.AdamW: check the gradient's norm first.
+                Parameters before it have been updated, on a GPU all others, so the run should go on from saved state.
+                With fp32 moments such an element becomes NaN as in torch.optim.AdamW: check the gradient's norm first.
         """
         loss = None
         if closure is not None:
@@ -128,12 +128,14 @@ class AdamW(torch.optim.Optimizer):
                 if param.grad is not None and param.grad.layout != torch.strided:
                     raise RuntimeError(f"{_name_of(group, index)} has a sparse gradient, which AdamW does not take")
         number = 0
+        refused = cuda_optim.Refused()
         for group in self.param_groups:
             rules: dict[int, AdamWRule] = {}
             for index, param in enumerate(group["params"]):
                 if param.grad is not None:
-                    self._step_one(param, group, index, number, rules, grad_scale)
+                    self._step_one(param, group, index, number, rules, grad_scale, refused)
                 number += 1
+        refused.check()
         return loss
 
     def _step_one(
@@ -144,6 +146,7 @@ class AdamW(torch.optim.Optimizer):
         number: int,
         rules: dict[int, AdamWRule],
         grad_scale: float,
+        refused: cuda_optim.Refused,
     ) -> None:
         state = self.state[param]
         if not state:
@@ -156,14 +159,16 @@ class AdamW(torch.optim.Optimizer):
         key = None
         if group["stochastic_rounding"] and param.dtype == torch.bfloat16:
             key = rounding_key(group["seed"], step, number)
-        backend = cpu_optim if cpu_optim.supports(param) else reference_optim
         moments = [state[name] for name in _MOMENTS]
         assert param.grad is not None
+        on_gpu = cuda_optim.supports(param)
+        backend = cuda_optim if on_gpu else cpu_optim if cpu_optim.supports(param) else reference_optim
         if _SCALES[0] in state:
             scales = [state[name] for name in _SCALES]
             name = f"the gradient of {_name_of(group, index)}"
+            more = {"refused": refused} if on_gpu else {}
             backend.adamw_8bit(
-                param, param.grad, *moments, *scales, group["block_size"], rules[step], key=key, name=name
+                param, param.grad, *moments, *scales, group["block_size"], rules[step], key=key, name=name, **more
             )
         else:
             backend.adamw_32bit(param, param.grad, *moments, rules[step], key=key)
@@ -265,8 +270,8 @@ def clip_scale(
     """The norm of all gradients together, and the factor that clips it to `max_norm`.
 
     The factor is torch.nn.utils.clip_grad_norm_'s, min(1, max_norm / (norm + 1e-6)), for `AdamW.step(grad_scale=...)`:
-    clipping then takes no pass of its own over the gradients. On the CPU the norm has the same bits for any number of
-    threads.
+    clipping then takes no pass of its own over the gradients. On the CPU and on NVIDIA GPUs, which are waited for once,
+    the norm has the same bits, for any number of threads.
 
     Args:
         parameters: those without a gradient do not count.
@@ -279,11 +284,13 @@ def clip_scale(
     """
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm must be above 0, or None for no clipping; got {max_norm!r}")
-    squares = []
-    for param in parameters:
-        if param.grad is not None:
-            backend = cpu_optim if param.grad.device.type == "cpu" else reference_optim
-            squares.append(backend.sum_of_squares(param.grad))
+    grads = [param.grad for param in parameters if param.grad is not None]
+    on_gpu = [grad for grad in grads if cuda_optim.serves(grad)]
+    squares = cuda_optim.sums_of_squares(on_gpu)
+    for grad in grads:
+        if not cuda_optim.serves(grad):
+            backend = cpu_optim if grad.device.type == "cpu" else reference_optim
+            squares.append(backend.sum_of_squares(grad))
     total = sum(squares) if not all(map(math.isfinite, squares)) else math.fsum(squares)
     total = total if whole is None else whole(total)
     norm = torch.tensor(math.sqrt(total), dtype=torch.float32, device="cpu")
