@@ -202,6 +202,8 @@ inline uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
   }
   return result;
 }
+// prmt.b32 as it is: bit 3 of a selector's nibble means something else there.
+inline uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) { return __byte_perm(a, b, selector); }
 inline int __popc(uint32_t value) { return __builtin_popcount(value); }
 inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<uint32_t>(value)); }
 inline int __ffs(int value) { return __builtin_ffs(value); }
@@ -290,6 +292,10 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   shim::multiply(d, a, b, std::is_same_v<T, Bf16> ? bf16_to_float : f16_to_float);
 }
 void multiply_int8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+inline void multiply_int8_from(int start, int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  for (int& one : d) one = start;
+  multiply_int8(d, a, b);
+}
 
 // ---- wgmma.cuh ------------------------------------------------------------------------------------------------------
 
