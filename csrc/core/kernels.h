@@ -105,8 +105,8 @@ struct LinearArgs {
   void* out = nullptr;  // contiguous
   int threads = 1;
 
-  int64_t contraction() const { return grad_input ? weight.rows : weight.cols; }
-  int64_t columns() const { return grad_input ? weight.cols : weight.rows; }
+  NYBBLE_ANYWHERE int64_t contraction() const { return grad_input ? weight.rows : weight.cols; }
+  NYBBLE_ANYWHERE int64_t columns() const { return grad_input ? weight.cols : weight.rows; }
 };
 
 constexpr int64_t kMostRank = 64;
