@@ -54,6 +54,8 @@ KERNEL = [
     "-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero",
     "-ftrivial-auto-var-init=pattern",
 ]
+# Hooks at every write, for files with wgmma; see watch.h.
+WATCHED = [*KERNEL, "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
 SHIM = ["-O3", "-g1"]
 BINDING = ["-O1", "-I" + pybind11.get_include(), "-I" + sysconfig.get_path("include")]
 
@@ -67,7 +69,7 @@ def _sources() -> list[tuple[Path, list[str]]]:
     bindings = [ROOT / "csrc/bindings/cuda.cpp", ROOT / "csrc/bindings/status.cpp", *control]
     return [
         *((path, BINDING) for path in bindings),
-        *((path, KERNEL) for path in kernels),
+        *((path, WATCHED if "wgmma" in path.read_text() else KERNEL) for path in kernels),
         *((path, SHIM) for path in [*shim, *plain] if path not in control),
     ]
 

@@ -6,5 +6,6 @@ namespace nybble::cuda::shim {
 
 // `fault` 0: none. in, out: [threads] or as the kernel says.
 Status run_faulty(const char* kernel, int fault, const void* in, void* out);
+Status run_faulty_tiles(const char* kernel, int fault, const void* in, void* out);
 
 }  // namespace nybble::cuda::shim

@@ -11,6 +11,8 @@ namespace nybble::cuda::shim {
 
 constexpr int kMostThreads = 1024;
 constexpr int kWarpgroup = 128;
+constexpr uint32_t kSystemShared = 1024;  // bytes of the shared window before a block's own
+constexpr int kMostResident = 3;          // blocks that run at once
 
 struct Block;
 
@@ -34,6 +36,7 @@ struct Thread {
   int copy_group = 0;        // groups committed so far
   bool listed = false;       // in the list of threads with operations under way
   // wgmma
+  uint64_t proxy_fence = 0;          // when it fenced last
   bool fenced = false;               // since other code may have touched its accumulators
   int multiplications = 0;           // issued
   std::vector<int> multiply_groups;  // for each: multiplications issued when it was committed

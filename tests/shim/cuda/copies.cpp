@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "shim/cuda/block.h"
+#include "shim/cuda/watch.h"
 
 namespace nybble::cuda::shim {
 
@@ -54,6 +55,7 @@ void arrive_where_due(Thread& thread) {
 void perform(Thread& thread, size_t at) {
   const Copy& copy = thread.copies[at];
   std::memcpy(copy.shared, copy.data, 16);
+  watch_write_of(static_cast<int>(&thread - threads), copy.shared, 16);  // an ordinary one, for wgmma
   thread.copies.erase(thread.copies.begin() + static_cast<std::ptrdiff_t>(at));
   arrive_where_due(thread);
 }

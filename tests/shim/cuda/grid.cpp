@@ -11,6 +11,7 @@
 
 #include "shim/cuda/control.h"
 #include "shim/cuda/warpgroup.h"
+#include "shim/cuda/watch.h"
 
 namespace nybble::cuda::shim {
 
@@ -19,10 +20,8 @@ Grid grid;
 
 namespace {
 
-constexpr int kMostResident = 3;
 constexpr size_t kMostShared = 228 * 1024;
-constexpr uint32_t kSystemShared = 1024;  // of the shared window, before a block's
-constexpr unsigned char kPoison = 0xFF;   // a NaN in every floating format
+constexpr unsigned char kPoison = 0xFF;  // a NaN in every floating format
 
 Device device;
 uint64_t base_seed = 0;
@@ -89,6 +88,7 @@ void start_block(Block& block, int number, int64_t linear, int block_threads) {
   for (int i = 0; i < block_threads / kWarpgroup; ++i) block.warpgroups.push_back(std::make_shared<Warpgroup>());
   for (Barrier& barrier : block.barriers) barrier = Barrier();
   block.memory_barriers.clear();
+  watch_clear(number);
   for (int i = 0; i < block_threads; ++i) {
     Thread& thread = threads[block.first_fiber + i];
     thread.copies.clear();
@@ -128,8 +128,9 @@ void run_thread(int) {
 }
 
 Status failed(const std::string& why) {
-  snprintf(status_text, sizeof status_text, "%s: %s [seed %llu]", grid.kernel, why.c_str(),
-           static_cast<unsigned long long>(base_seed));
+  static const char* const kOrders[] = {"random", "in order", "reverse"};
+  snprintf(status_text, sizeof status_text, "%s: %s [seed %llu, %s]", grid.kernel, why.c_str(),
+           static_cast<unsigned long long>(base_seed), kOrders[static_cast<int>(fibers::order())]);
   return device_failed(status_text, 700);
 }
 

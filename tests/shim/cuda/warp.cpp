@@ -148,25 +148,26 @@ uint64_t shuffle(uint32_t mask, uint64_t value, From from, int operand, int widt
   return mine.result;
 }
 
+// A lane's row is read when the lane comes: what others write only then, without a barrier, need not be seen.
 void load_matrices(uint32_t* out, const void* shared, bool transposed) {
   struct Operand {
     uint32_t* out;
-    const uint16_t* row;
-  } mine = {out, static_cast<const uint16_t*>(shared)};
+    uint16_t row[8];
+  } mine;
   const char* operation = transposed ? "load_matrices_transposed" : "load_matrices";
   check_aligned(shared, 16, operation);
   check_shared(shared, 16, operation);
+  mine.out = out;
+  std::memcpy(mine.row, shared, 16);
   collective(operation, kWholeWarp, 0, &mine, [transposed](void** operands) {
-    for (int matrix = 0; matrix < 4; ++matrix) {
-      uint16_t elements[8][8];
-      for (int row = 0; row < 8; ++row) {
-        std::memcpy(elements[row], static_cast<Operand*>(operands[8 * matrix + row])->row, 16);
-      }
-      for (int lane = 0; lane < kWarp; ++lane) {
-        const int major = lane / 4, minor = lane % 4 * 2;
-        const uint32_t low = transposed ? elements[minor][major] : elements[major][minor];
-        const uint32_t high = transposed ? elements[minor + 1][major] : elements[major][minor + 1];
-        static_cast<Operand*>(operands[lane])->out[matrix] = low | high << 16;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      const int major = lane / 4, minor = lane % 4 * 2;
+      uint32_t* destination = static_cast<Operand*>(operands[lane])->out;
+      for (int matrix = 0; matrix < 4; ++matrix) {
+        const auto row = [&](int i) { return static_cast<const Operand*>(operands[8 * matrix + i])->row; };
+        const uint32_t low = transposed ? row(minor)[major] : row(major)[minor];
+        const uint32_t high = transposed ? row(minor + 1)[major] : row(major)[minor + 1];
+        destination[matrix] = low | high << 16;
       }
     }
   });

@@ -19,7 +19,9 @@ struct Multiplication {
   uint64_t a = 0, b = 0;
   bool accumulate = false, a_major = false, b_major = false;
   bool bf16 = false;
-  int arrived = 0;  // threads
+  int arrived = 0;                    // threads
+  uint64_t issued = 0;                // when the first of them came
+  uint64_t proxy_fence = UINT64_MAX;  // the earliest of the threads' latest fences
   bool performed = false;
   Accumulators* accumulators = nullptr;
 };

@@ -7,6 +7,7 @@
 
 #include "shim/cuda/control.h"
 #include "shim/cuda/warpgroup.h"
+#include "shim/cuda/watch.h"
 
 namespace nybble::cuda::shim {
 
@@ -38,34 +39,48 @@ struct Descriptor {
   }
 };
 
-// 64 or more rows (of B: columns), 16 k: element [i][k] to out[i * i_step + k * k_step]. In units of 16 bytes, that is
-// 8 elements, the canonical layouts with 128-byte swizzle are
-//   K-major:  ((8, i), 2) : ((8, stride), 1)            k runs along a line of 128 bytes
-//   MN-major: ((8, i), (8, k)) : ((1, leading), (8, stride))   rows or columns do
-// and bits 4 to 6 of the address are then XORed with its bits 7 to 9.
-void read_operand(const Block& block, uint64_t bits, bool mn_major, int rows, bool bf16, int i_step, int k_step,
-                  float* out) {
+// 8 elements that lie beside each other, at a linear address of the shared window that the swizzle then changes: bits 4
+// to 6 are XORed with bits 7 to 9.
+void read_chunk(const Block& block, uint32_t address, const Multiplication& one, uint16_t (&elements)[8]) {
+  const int64_t offset = static_cast<int64_t>(address ^ (address >> 7 & 7) << 4) - kSystemShared;
+  if (offset < 0 || offset + 16 > static_cast<int64_t>(grid.shared_bytes)) {
+    fail("wgmma: reads %lld bytes into the %zu of shared memory", static_cast<long long>(offset), grid.shared_bytes);
+  }
+  for (size_t at = 0; at < 16; at += kGranule) {
+    const Written& written = written_at(block.number, static_cast<size_t>(offset) + at);
+    if (written.time > one.issued) {
+      fail("wgmma: reads what thread %d wrote after another had issued it (%lld bytes into shared memory)",
+           threads[written.fiber].number, static_cast<long long>(offset));
+    }
+    if (written.time > one.proxy_fence && written.time > threads[written.fiber].proxy_fence) {
+      fail("wgmma: reads what thread %d wrote without fence_async_shared since (%lld bytes into shared memory)",
+           threads[written.fiber].number, static_cast<long long>(offset));
+    }
+  }
+  std::memcpy(elements, block.shared + offset, 16);
+}
+
+// Rows of A (columns of B) by 16 k: element [i][k] to out[i * i_step + k * k_step]. In units of 16 bytes, that is 8
+// elements, the canonical layouts with 128-byte swizzle are
+//   K-major:  ((8, i), 2) : ((8, stride), 1)                   k runs along a line of 128 bytes
+//   MN-major: ((8, i), (8, k)) : ((1, leading), (8, stride))   rows (columns) do
+void read_operand(const Block& block, uint64_t bits, bool mn_major, int rows, const Multiplication& one, int i_step,
+                  int k_step, float* out) {
   const Descriptor descriptor(bits);
-  constexpr uint32_t kSystem = 1024;
-  for (int i = 0; i < rows; ++i) {
-    for (int k = 0; k < kDepth; ++k) {
-      uint32_t address = descriptor.start;
-      if (mn_major) {
-        address += static_cast<uint32_t>(i % 64) * 2 + static_cast<uint32_t>(i / 64) * descriptor.leading +
-                   static_cast<uint32_t>(k % 8) * 128 + static_cast<uint32_t>(k / 8) * descriptor.stride;
-      } else {
-        address += static_cast<uint32_t>(i % 8) * 128 + static_cast<uint32_t>(i / 8) * descriptor.stride +
-                   static_cast<uint32_t>(k) * 2;
+  const int chunks = mn_major ? rows / 8 : kDepth / 8, lines = mn_major ? kDepth : rows;
+  const int element_step = mn_major ? i_step : k_step, line_step = mn_major ? k_step : i_step;
+  for (int line = 0; line < lines; ++line) {
+    for (int chunk = 0; chunk < chunks; ++chunk) {
+      const uint32_t address = descriptor.start + static_cast<uint32_t>(line % 8) * 128 +
+                               static_cast<uint32_t>(line / 8) * descriptor.stride +
+                               (mn_major ? static_cast<uint32_t>(chunk / 8) * descriptor.leading : 0) +
+                               static_cast<uint32_t>(chunk % 8) * 16;
+      uint16_t elements[8];
+      read_chunk(block, address, one, elements);
+      float* to = out + line * line_step + chunk * 8 * element_step;
+      for (int i = 0; i < 8; ++i) {
+        to[i * element_step] = one.bf16 ? bf16_to_float(elements[i]) : f16_to_float(elements[i]);
       }
-      address ^= (address >> 7 & 7) << 4;
-      const int64_t offset = static_cast<int64_t>(address) - kSystem;
-      if (offset < 0 || offset + 2 > static_cast<int64_t>(grid.shared_bytes)) {
-        fail("wgmma: reads %lld bytes into the %zu of shared memory", static_cast<long long>(offset),
-             grid.shared_bytes);
-      }
-      uint16_t element;
-      std::memcpy(&element, block.shared + offset, 2);
-      out[i * i_step + k * k_step] = bf16 ? bf16_to_float(element) : f16_to_float(element);
     }
   }
 }
@@ -82,8 +97,8 @@ void perform(const Block& block, Multiplication& one) {
   const int columns = 2 * one.accumulators->count;
   float a[kRows * kDepth];
   static float b[kDepth * 256];
-  read_operand(block, one.a, one.a_major, kRows, one.bf16, kDepth, 1, a);
-  read_operand(block, one.b, one.b_major, columns, one.bf16, 1, columns, b);
+  read_operand(block, one.a, one.a_major, kRows, one, kDepth, 1, a);
+  read_operand(block, one.b, one.b_major, columns, one, 1, columns, b);
   float* d = one.accumulators->values.data();
   if (!one.accumulate) std::fill(one.accumulators->values.begin(), one.accumulators->values.end(), 0.0F);
   for (int row = 0; row < kRows; ++row) {
@@ -149,6 +164,7 @@ void wgmma(float* d, int count, uint64_t a, uint64_t b, bool accumulate, bool a_
     one.b_major = b_major;
     one.bf16 = bf16;
     one.accumulators = &all;
+    one.issued = now();
     group.multiplications.push_back(one);
   }
   Multiplication& one = group.multiplications[static_cast<size_t>(thread.multiplications)];
@@ -168,6 +184,7 @@ void wgmma(float* d, int count, uint64_t a, uint64_t b, bool accumulate, bool a_
       d[i] = kInUse;
     }
   }
+  one.proxy_fence = std::min(one.proxy_fence, thread.proxy_fence);
   all.last_use[member] = thread.multiplications++;
   if (++one.arrived == kWarpgroup && !group.waiting.empty()) {
     for (const int fiber : group.waiting) fibers::wake(fiber);
@@ -240,7 +257,10 @@ void multiplications_at_exit(const Thread& thread) {
 
 namespace nybble::cuda {
 
-void fence_async_shared() { shim::check_hopper("fence_async_shared"); }
+void fence_async_shared() {
+  shim::check_hopper("fence_async_shared");
+  shim::self().proxy_fence = shim::now();
+}
 
 void wgmma_fence() {
   shim::check_hopper("wgmma_fence");
