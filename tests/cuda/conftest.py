@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from shim import build
+from shim.guarded import guarded_empty
 from torch import Tensor
 
 from nybble import backends
@@ -50,22 +53,52 @@ def capability(request: pytest.FixtureRequest, shim: ModuleType) -> int:
     return int(request.param)
 
 
+class GuardedTorch:
+    """torch, but what the backend allocates is full of NaN and ends at a page that must not be touched."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*shape: Any, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        sizes = shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape
+        return guarded_empty(sizes, dtype, name="an output")
+
+
+@functools.cache
+def guarded_workspace(size: int) -> Tensor:
+    return guarded_empty((size,), torch.uint8, alignment=256, name="the workspace")
+
+
 @pytest.fixture
 def cuda(
     _modules: tuple[ModuleType, ModuleType], shim: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[ModuleType]:
-    """`nybble.backends.cuda`, which now takes CPU tensors and runs the kernels in the shim."""
+    """`nybble.backends.cuda`, which now takes CPU tensors and runs the kernels in the shim.
+
+    Its outputs are guarded (see `GuardedTorch`), and so is the workspace, whose counters are looked at after the test.
+    """
     core, _ = _modules
-    workspaces: dict[tuple[int, int], Tensor] = {}
+    memory = guarded_workspace(core.WORKSPACE_BYTES)
+    counters = memory[: 4 * core.COUNTERS].zero_()
+    used = memory[4 * core.COUNTERS :][: 1 << 20]
+
+    def workspace(device: torch.device, index: int, stream: int) -> Tensor:
+        used.fill_(0xFF)  # what an earlier kernel left there must not matter
+        return memory
+
     monkeypatch.setattr(backend, "core", lambda: core)
     monkeypatch.setattr(backend, "place", lambda device: (0, 0))
-    monkeypatch.setattr(backend, "_workspaces", workspaces)
-    monkeypatch.setattr(backend, "_missing", lambda index: "")
+    monkeypatch.setattr(backend, "workspace", workspace)
     monkeypatch.setattr(backend, "missing", lambda device: "")
+    monkeypatch.setattr(backend, "torch", GuardedTorch())
+    monkeypatch.setattr(
+        backend,
+        "new_output",
+        lambda x, columns: guarded_empty((*x.shape[:-1], columns), x.dtype, name="the output"),
+    )
     yield backend
-    for workspace in workspaces.values():
-        counters = workspace[: 4 * core.COUNTERS].view(torch.int32)
-        assert not counters.any(), "a kernel has left counters of the workspace that are not 0"
+    assert not counters.any(), "a kernel has left counters of the workspace that are not 0"
 
 
 @pytest.fixture

@@ -36,6 +36,7 @@ PYBIND11_MODULE(_cuda_shim_control, m) {
   m.def(
       "device", [](int capability, int multiprocessors) { shim::set_device({capability, multiprocessors}); },
       py::arg("capability"), py::arg("multiprocessors") = 132);
+  m.def("launches", &shim::launches, "How many kernels have been started.");
   m.def("guard", &guard);
   m.def("protect",
         [](uintptr_t data, bool read_only) { return shim::protect_guarded(reinterpret_cast<void*>(data), read_only); });

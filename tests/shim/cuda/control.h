@@ -12,6 +12,7 @@ Device get_device();
 // Every launch begins its schedule anew from this number and its own shape, so that a test that is run again, whatever
 // ran before it, sees the same one.
 void set_seed(uint64_t seed);
+int64_t launches();  // so far
 
 // ---- guards.cpp
 // Memory whose last (or first) byte is beside a page that must not be touched. Null: there is none to be had.

@@ -25,6 +25,7 @@ constexpr unsigned char kPoison = 0xFF;  // a NaN in every floating format
 
 Device device;
 uint64_t base_seed = 0;
+int64_t launch_count = 0;
 std::vector<std::unique_ptr<Block>> blocks;
 void (*call_kernel)(void*) = nullptr;
 void* kernel_closure = nullptr;
@@ -164,6 +165,7 @@ std::string problem_of_launch(const dim3& blocks_wanted, int block_threads, size
 void set_device(const Device& value) { device = value; }
 Device get_device() { return device; }
 void set_seed(uint64_t seed) { base_seed = seed; }
+int64_t launches() { return launch_count; }
 
 bool chance(uint32_t one_in) {
   switch (fibers::order()) {
@@ -266,6 +268,7 @@ Status run_grid(const char* signature, dim3 blocks_wanted, int block_threads, si
   static std::string name;
   name = kernel_name(signature);
   grid = {blocks_wanted, dim3(static_cast<unsigned>(block_threads)), shared_bytes, name.c_str()};
+  ++launch_count;
   uint64_t seed = base_seed;
   for (const uint64_t part : {uint64_t{blocks_wanted.x}, uint64_t{blocks_wanted.y}, uint64_t{blocks_wanted.z},
                               static_cast<uint64_t>(block_threads), uint64_t{shared_bytes}, uint64_t{name.size()}}) {
