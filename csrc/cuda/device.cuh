@@ -117,6 +117,14 @@ __device__ __forceinline__ uint4 load_once_16(const void* global) {
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
+// Byte i of the result: of the eight bytes of a (0 to 3) and b (4 to 7) the one that bits 4 i to 4 i + 2 of the
+// selector name; bits 3, 7, 11 and 15 are 0, which __byte_perm would make sure of with one more instruction.
+__device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t bytes;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(bytes) : "r"(a), "r"(b), "r"(selector));
+  return bytes;
+}
+
 // Two floats rounded to nearest even: `low` in bits 0 to 15.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high);
