@@ -10,6 +10,7 @@ import functools
 import importlib
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import Any
 
@@ -98,13 +99,34 @@ _workspaces: dict[tuple[int, int], Tensor] = {}
 def workspace(device: torch.device, index: int, stream: int) -> Tensor:
     """Memory that only this stream uses, its counters 0; see csrc/cuda/kernels.h.
 
-    One that is first wanted while a graph is captured belongs to that graph, which zeroes it in every replay.
+    One that is first wanted while a graph is captured belongs to that graph, which zeroes its counters in every replay.
     """
     found = _workspaces.get((index, stream))
     if found is None:
-        found = torch.zeros(core().WORKSPACE_BYTES, dtype=torch.uint8, device=device)
-        if not is_capturing(device):
+        capturing = is_capturing(device)
+        found = _new_workspace(device) if capturing else _lasting_workspace(device)
+        found[: 4 * core().COUNTERS].zero_()
+        if not capturing:
             _workspaces[index, stream] = found
+    return found
+
+
+def _new_workspace(device: torch.device) -> Tensor:
+    return torch.empty(core().WORKSPACE_BYTES, dtype=torch.uint8, device=device)
+
+
+def _lasting_workspace(device: torch.device) -> Tensor:
+    """One from torch's general memory, even while this thread and stream allocate from a private pool.
+
+    torch.compile's CUDA graphs warm up in such a pool and raise when something in it outlives the call. Allocators
+    choose pools by thread or by stream, so another thread on its default stream asks for the memory.
+    """
+    if device.type != "cuda":
+        return _new_workspace(device)
+    with ThreadPoolExecutor(1) as pool:
+        found = pool.submit(_new_workspace, device).result()
+    # Whatever that memory was used for before may still be under way there.
+    torch.cuda.current_stream(device).wait_stream(torch.cuda.default_stream(device))
     return found
 
 
