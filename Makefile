@@ -16,7 +16,7 @@ ARM_ROOT ?= /usr/aarch64-linux-gnu
 QEMU ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
 
 .PHONY: help demo test test-cpp test-sanitize test-arm check format docs gallery bench bench-checkpoints bench-fidelity \
-	bench-training bench-generation bench-planning wheel clean
+	bench-training bench-generation bench-planning bench-cuda gpu-check cuda-report wheel clean
 help:
 	@echo "make demo           quantize, fine-tune and compare a real model (about 5 minutes on two cores)"
 	@echo "make test           the test suite, under every instruction set of this machine"
@@ -32,6 +32,9 @@ help:
 	@echo "make bench-training  fine-tuning beside PEFT; every method; runs killed and gone on with (about an hour)"
 	@echo "make bench-generation  tokens a second beside transformers, bitsandbytes and PEFT (about 10 minutes)"
 	@echo "make bench-planning  what nybble plan predicts beside measured peaks (about 5 minutes)"
+	@echo "make bench-cuda     the kernels for NVIDIA GPUs beside cuBLAS and bitsandbytes (a GPU; about 2 minutes)"
+	@echo "make gpu-check      build, tests, sanitizer and benches on a GPU machine, in one table (less than 10 minutes)"
+	@echo "make cuda-report    registers, spills, instructions, compile times and sizes of the CUDA kernels (nvcc, no GPU)"
 	@echo "make wheel          dist/nybble-*.whl"
 
 # One environment; each further set of packages is a stamp of its own, so that demo does not wait for test's.
@@ -105,15 +108,15 @@ test-arm: $(VENV)/.native
 	done
 
 check: $(VENV)/.check
-	$(BIN)/ruff format --check python tests bench examples
-	$(BIN)/ruff check python tests bench examples
+	$(BIN)/ruff format --check python tests bench examples tools
+	$(BIN)/ruff check python tests bench examples tools
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
 	$(BIN)/python -m mypy
 	$(BIN)/python -m mypy.stubtest nybble._core --allowlist .stubtest-allowlist
 
 format: $(VENV)/.check
-	$(BIN)/ruff format python tests bench examples
-	$(BIN)/ruff check --fix python tests bench examples
+	$(BIN)/ruff format python tests bench examples tools
+	$(BIN)/ruff check --fix python tests bench examples tools
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 docs: $(VENV)/.docs
@@ -141,6 +144,16 @@ bench-generation: $(VENV)/.bench $(VENV)/.demo
 
 bench-planning: $(VENV)/.base
 	$(BIN)/python bench/plan.py all $(BENCH_ARGS)
+
+bench-cuda: $(VENV)/.bench
+	$(BIN)/python bench/cuda.py $(BENCH_ARGS)
+
+# With the python3 that is there: on a GPU machine without network nothing can be installed.
+gpu-check:
+	tools/gpu_check.sh $(GPU_CHECK_ARGS)
+
+cuda-report: $(VENV)/.base
+	$(BIN)/python tools/cuda_report.py --wheels $(REPORT_ARGS)
 
 wheel: $(VENV)/.base
 	$(PIP) wheel -q --no-deps -c constraints.txt -w dist .
