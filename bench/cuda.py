@@ -5,7 +5,7 @@ python bench/cuda.py --sweep      every kernel over the number of rows: where ch
 python bench/cuda.py --step       a QLoRA step of a Llama of 1B parameters beside transformers, PEFT and bitsandbytes
 
 NF4, block 64, double quantization, bf16. Weights are cold: copies of at least 200 MB take turns (cuda_timing). Without
-a GPU: one sentence and status 2; `--dry-run` then runs every line on the CPU, its numbers mean nothing.
+a GPU: one sentence and status 2; `--dry-run` then runs the same lines on the CPU, tiny; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -358,9 +358,9 @@ def main() -> int:
         import cuda_step
 
         bench.cases += cuda_step.run(bench.gpu, bench.notes)
-    elif args.sweep:
+    if args.sweep:
         bench.sweep()
-    else:
+    if not (args.sweep or args.step):
         bench.targets()
     return bench.finish()
 

@@ -42,21 +42,22 @@ def test_names_are_short() -> None:
     assert cuda_report.short_name(full) == "tile<Bf16, 4, 1>"
 
 
-@pytest.mark.parametrize("options", [[], ["--sweep"], ["--step"]], ids=["targets", "sweep", "step"])
-def test_every_line_of_the_bench_runs(options: list[str], tmp_path: Path) -> None:
-    if options == ["--step"]:
-        pytest.importorskip("transformers")
-    done = run("bench/cuda.py", "--dry-run", "--json", str(tmp_path / "out.json"), *options, OMP_NUM_THREADS="1")
+@pytest.mark.parametrize("mode", [[], ["--sweep"]], ids=["targets", "sweep"])
+def test_every_line_of_the_bench_runs(mode: list[str], tmp_path: Path) -> None:
+    # Peers and the QLoRA step take a minute to import: `tools/gpu_check.sh --without-gpu` has them.
+    done = run("bench/cuda.py", "--dry-run", "--no-peers", "--json", str(tmp_path / "out.json"), *mode)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the numbers mean nothing" in done.stdout and len(done.stdout) < 6000
+    assert "the numbers mean nothing" in done.stdout and len(done.stdout) < 8000
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
-    assert cases and "WRONG" not in done.stdout
+    assert {case["op"] for case in cases} >= (
+        {"linear", "grad_input"} if mode else {"linear", "dequantize", "quantize"}
+    )
+    assert "WRONG" not in done.stdout
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("script", ["bench/cuda.py", "tools/gpu_sanitize.py"])
-def test_without_a_gpu_there_is_one_sentence_and_status_2(script: str) -> None:
-    done = run(script)
+def test_without_a_gpu_there_is_one_sentence_and_status_2() -> None:
+    done = run("bench/cuda.py")
     assert done.returncode == 2 and done.stdout.count("\n") == 1 and not done.stderr
 
 
