@@ -11,10 +11,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cpu, cuda, portable
+from . import cpu, cuda, mps, portable
 from .weight import BoundWeight, PackedWeight
 
-__all__ = ["BoundWeight", "PackedWeight", "cpu", "cuda", "of", "portable"]
+__all__ = ["BoundWeight", "PackedWeight", "cpu", "cuda", "mps", "of", "portable"]
 
 
 def of(tensor_or_device: Tensor | torch.device | str) -> ModuleType:
@@ -24,4 +24,6 @@ def of(tensor_or_device: Tensor | torch.device | str) -> ModuleType:
     device = tensor_or_device.device if isinstance(tensor_or_device, Tensor) else torch.device(tensor_or_device)
     if device.type == "cuda":
         return cuda if cuda.serves(device) else portable
+    if device.type == "mps":
+        return mps if mps.serves(device) else portable
     return cpu if device.type == "cpu" else portable

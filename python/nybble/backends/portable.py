@@ -19,7 +19,7 @@ from ..reference import (
     round_descent,
     round_feedback,
 )
-from . import cuda
+from . import cuda, mps
 from .weight import PackedWeight, as_float
 
 __all__ = [
@@ -99,7 +99,8 @@ def explain_linear(
     device: torch.device | None = None,
 ) -> dict[str, str]:
     """What would run, and why."""
-    why = cuda.missing(device) if device is not None and device.type == "cuda" else "there are none for its kind yet"
+    served = {"cuda": cuda, "mps": mps}.get("" if device is None else device.type)
+    why = "there are none for its kind yet" if served is None or device is None else served.missing(device)
     rounded = compute == 1 and not grad_input
     return {
         "kernel": "dequantize + matmul",
