@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from shim import build
 from shim.guarded import guarded
 from torch import Tensor
 
@@ -112,6 +113,8 @@ FAULTS = [
 
 @pytest.mark.parametrize(("kernel", "fault", "outcome"), FAULTS)
 def test_planted_faults(shim: ModuleType, kernel: str, fault: int, outcome: str) -> None:
+    if (kernel, fault) == ("plain", 1) and not build.fills_variables():
+        pytest.skip("the compiler has no -ftrivial-auto-var-init")
     found = outcomes(shim, lambda: run(shim, kernel, fault))
     assert any(outcome in each for each in found), found
 

@@ -52,12 +52,20 @@ KERNEL = [
     "-x",
     "c++",
     "-fsanitize=alignment,bounds,shift-exponent,integer-divide-by-zero",
-    "-ftrivial-auto-var-init=pattern",
 ]
+# Fills variables before their first write; compilers have it since GCC 12 and Clang 8.
+FILLED = "-ftrivial-auto-var-init=pattern"
 # Hooks at every write, for files with wgmma; see watch.h.
-WATCHED = [*KERNEL, "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0"]
+WATCHED = [*KERNEL, "-fsanitize=thread"]
 SHIM = ["-O3", "-g1"]
 BINDING = ["-O1", "-I" + pybind11.get_include(), "-I" + sysconfig.get_path("include")]
+
+
+@functools.cache
+def fills_variables() -> bool:
+    """Whether a variable that a kernel reads before it writes it is found."""
+    command = [*COMPILER, FILLED, "-x", "c++", "-fsyntax-only", os.devnull]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def _sources() -> list[tuple[Path, list[str]]]:
@@ -67,9 +75,10 @@ def _sources() -> list[tuple[Path, list[str]]]:
     control = [path for path in shim if path.name == "control.cpp"]
     plain = [ROOT / "csrc/core/check.cpp", ROOT / "csrc/cuda/choose.cpp"]
     bindings = [ROOT / "csrc/bindings/cuda.cpp", ROOT / "csrc/bindings/status.cpp", *control]
+    filled = [FILLED] if fills_variables() else []
     return [
         *((path, BINDING) for path in bindings),
-        *((path, WATCHED if "wgmma" in path.read_text() else KERNEL) for path in kernels),
+        *((path, [*(WATCHED if "wgmma" in path.read_text() else KERNEL), *filled]) for path in kernels),
         *((path, SHIM) for path in [*shim, *plain] if path not in control),
     ]
 

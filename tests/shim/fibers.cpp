@@ -18,7 +18,9 @@
 
 // Saves what a called function must preserve on the running stack and its pointer in *from, and goes on where `to` was
 // saved. swapcontext would do, but makes a system call each time.
-#if defined(__x86_64__)
+#if defined(NYBBLE_FIBER_UCONTEXT)
+#include <ucontext.h>
+#elif defined(__x86_64__)
 extern "C" void nybble_fiber_switch(void** from, void* to);
 asm(R"(
 .text
@@ -80,8 +82,8 @@ nybble_fiber_switch:
 .size nybble_fiber_switch, .-nybble_fiber_switch
 )");
 #else
+#define NYBBLE_FIBER_UCONTEXT
 #include <ucontext.h>
-#define NYBBLE_FIBER_UCONTEXT 1
 #endif
 
 namespace fibers {

@@ -258,6 +258,18 @@ inline uint4 load_once_16(const void* global) {
   return *static_cast<const uint4*>(global);
 }
 
+// rcp.approx.ftz.f32. Its result may be a unit in the last place off; here it is, down or up, for some values.
+inline float reciprocal(float value) {
+  constexpr uint32_t kSmallestNormal = 0x00800000U;
+  const uint32_t sign = bits_of(value) & 0x80000000U;
+  if ((bits_of(value) ^ sign) < kSmallestNormal) return float_of(sign | 0x7F800000U);
+  const float result = 1.0F / value;
+  const uint32_t magnitude = bits_of(result) & 0x7FFFFFFFU;
+  if (magnitude < kSmallestNormal) return float_of(sign);
+  if (magnitude <= kSmallestNormal || magnitude >= 0x7F7FFFFFU || (magnitude & 0x007FFFFFU) == 0) return result;
+  return float_of(bits_of(result) + bits_of(value) * 0x9E3779B1U % 3 - 1);
+}
+
 template <class T>
 uint32_t pack(float low, float high);
 template <>
