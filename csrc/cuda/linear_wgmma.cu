@@ -119,6 +119,7 @@ Status linear_wgmma(const LinearArgs& args, const Device& device, const Place& p
   problem.out = args.out;
   problem.steps = static_cast<int>(divide_up(problem.contraction, kStep));
   problem.side_steps = bf16 ? static_cast<int>(divide_up(args.side.rank, kStep)) : 0;
+  if (problem.steps == 0) problem.weight.int8 = true;  // an empty weight: without scales, whose addresses are null
   problem.row_tiles = divide_up(problem.columns, kRows);
   problem.counters = static_cast<uint32_t*>(place.workspace);
   problem.partials = reinterpret_cast<float*>(problem.counters + kCounters);
