@@ -14,6 +14,9 @@ using namespace metal;
 // the statement), so those that must not be fused are statements of their own. fma() is written where it is meant.
 #pragma METAL fp contract(off)
 
+// Before a loop of constant length over arrays: they stay in registers only if it is unrolled.
+#define UNROLL _Pragma("clang loop unroll(full)")
+
 constant constexpr int kLanes = 32;  // of a simdgroup, on every GPU of Apple's
 
 // Python passes sizes as one list of ints, which compile_shader makes an array of 8-byte integers.

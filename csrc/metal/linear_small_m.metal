@@ -36,18 +36,24 @@ kernel void linear_small_m(device const T* x [[buffer(0)]], device const uchar* 
   const Scales scales = scales_of(absmax, nested, map, offset, int(sizes.nested_shift));
   // Rows that are not there read the last one that is, and are not written.
   ulong starts[kSmallRows];
+  UNROLL
   for (int r = 0; r < kSmallRows; ++r) starts[r] = ulong(min(first_row + r, rows - 1)) * ulong(cols);
   device const T* from[M];
+  UNROLL
   for (int i = 0; i < M; ++i) from[i] = x + long(min(i, m - 1)) * sizes.x_stride;
   float sums[kSmallRows][M];
+  UNROLL
   for (int r = 0; r < kSmallRows; ++r) {
+    UNROLL
     for (int i = 0; i < M; ++i) sums[r][i] = 0.0f;
   }
 
   if (sizes.whole_x != 0 && sizes.whole_w != 0) {
     for (int k = int(lane) * run; k < cols; k += kLanes * run) {
       float inputs[M][run];
+      UNROLL
       for (int i = 0; i < M; ++i) {
+        UNROLL
         for (int j = 0; j < run; j += 4) {
           const float4 found = load_4(from[i] + k + j);
           inputs[i][j] = found.x;
@@ -56,26 +62,33 @@ kernel void linear_small_m(device const T* x [[buffer(0)]], device const uchar* 
           inputs[i][j + 3] = found.w;
         }
       }
+      UNROLL
       for (int r = 0; r < kSmallRows; ++r) {
         const ulong element = starts[r] + ulong(k);
         uint found[words];
         load_words<words>(packed + (Int8 ? element : element >> 1), found);
         float partial[M];
+        UNROLL
         for (int i = 0; i < M; ++i) partial[i] = 0.0f;
+        UNROLL
         for (int j = 0; j < run; ++j) {
           const float code = Int8 ? q_in(found[j / 4], j % 4) : code_in(table, found[j / 8], j % 8);
+          UNROLL
           for (int i = 0; i < M; ++i) partial[i] = fma(code, inputs[i][j], partial[i]);
         }
         const float scale = Int8 ? 1.0f : scale_of(scales, element >> sizes.block_shift);
+        UNROLL
         for (int i = 0; i < M; ++i) sums[r][i] = fma(scale, partial[i], sums[r][i]);
       }
     }
   } else {
     for (int k = int(lane); k < cols; k += kLanes) {
+      UNROLL
       for (int r = 0; r < kSmallRows; ++r) {
         const ulong element = starts[r] + ulong(k);
         const float code = Int8 ? float(((device const char*)packed)[element]) : code_at(table, packed, element);
         const float scale = Int8 ? 1.0f : scale_of(scales, element >> sizes.block_shift);
+        UNROLL
         for (int i = 0; i < M; ++i) {
           const float product = code * float(from[i][k]);
           sums[r][i] = fma(scale, product, sums[r][i]);
@@ -84,11 +97,13 @@ kernel void linear_small_m(device const T* x [[buffer(0)]], device const uchar* 
     }
   }
 
+  UNROLL
   for (int r = 0; r < kSmallRows; ++r) {
     const int row = min(first_row + r, rows - 1);
+    UNROLL
     for (int i = 0; i < M; ++i) {
       float sum = simd_sum(sums[r][i]);
-      if (Int8) sum = int8_value(sum, ((device const float*)absmax)[row]);
+      if (Int8) sum = sum * divide_127(((device const float*)absmax)[row]);
       float extra = 0.0f;
       for (int j = int(lane); j < int(sizes.rank); j += kLanes) {
         const float left = load_any(side, ulong(min(i, m - 1)) * ulong(sizes.rank) + ulong(j), int(sizes.side_dtype));

@@ -43,7 +43,9 @@ kernel void linear_tiles(device const T* x [[buffer(0)]], device const uchar* pa
 
   const int simd_m = int(simd_index / 2) * (BM / 2), simd_n = int(simd_index % 2) * 32;
   simdgroup_matrix<float, 8, 8> sums[BM / 16][4];
+  UNROLL
   for (int i = 0; i < BM / 16; ++i) {
+    UNROLL
     for (int j = 0; j < 4; ++j) sums[i][j] = make_filled_simdgroup_matrix<float, 8, 8>(0.0f);
   }
 
@@ -56,6 +58,7 @@ kernel void linear_tiles(device const T* x [[buffer(0)]], device const uchar* pa
 
   for (int k0 = 0; k0 < contraction; k0 += BK) {
     threadgroup_barrier(mem_flags::mem_threadgroup);  // the tiles of the step before have been read
+    UNROLL
     for (int j = 0; j < x_run; j += 4) {
       const int k = k0 + x_column + j;
       threadgroup T* to = x_tile + x_at * x_row + x_column + j;
@@ -76,11 +79,13 @@ kernel void linear_tiles(device const T* x [[buffer(0)]], device const uchar* pa
       threadgroup T* to = w_tile + w_at * w_row + w_column;
       const ulong element = ulong(row) * ulong(cols) + ulong(column);
       if (row >= rows || column >= cols) {
+        UNROLL
         for (int j = 0; j < w_run; ++j) to[j] = T(0);
       } else if (sizes.whole_w != 0) {
         uint words[4];
         load_words<Int8 ? 4 : 2>(packed + (Int8 ? element : element >> 1), words);
         const float scale = Int8 ? ((device const float*)absmax)[row] : scale_of(scales, element >> sizes.block_shift);
+        UNROLL
         for (int j = 0; j < w_run; j += 4) {
           float values[4];
           for (int e = 0; e < 4; ++e) {
@@ -102,9 +107,12 @@ kernel void linear_tiles(device const T* x [[buffer(0)]], device const uchar* pa
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
+    UNROLL
     for (int k = 0; k < BK; k += 8) {
       simdgroup_matrix<T, 8, 8> left[BM / 16], right[4];
+      UNROLL
       for (int i = 0; i < BM / 16; ++i) simdgroup_load(left[i], x_tile + (simd_m + 8 * i) * x_row + k, x_row);
+      UNROLL
       for (int j = 0; j < 4; ++j) {
         if (Grad) {
           simdgroup_load(right[j], w_tile + k * w_row + simd_n + 8 * j, w_row);
@@ -112,7 +120,9 @@ kernel void linear_tiles(device const T* x [[buffer(0)]], device const uchar* pa
           simdgroup_load(right[j], w_tile + (simd_n + 8 * j) * w_row + k, w_row, ulong2(0, 0), true);
         }
       }
+      UNROLL
       for (int i = 0; i < BM / 16; ++i) {
+        UNROLL
         for (int j = 0; j < 4; ++j) simdgroup_multiply_accumulate(sums[i][j], left[i], right[j], sums[i][j]);
       }
     }
@@ -146,11 +156,14 @@ kernel void linear_tiles(device const T* x [[buffer(0)]], device const uchar* pa
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     simdgroup_matrix<float, 8, 8> left, right[4];
+    UNROLL
     for (int j = 0; j < 4; ++j) {
       simdgroup_load(right[j], side_weight_tile + (simd_n + 8 * j) * side_row, side_row, ulong2(0, 0), true);
     }
+    UNROLL
     for (int i = 0; i < BM / 16; ++i) {
       simdgroup_load(left, side_tile + (simd_m + 8 * i) * side_row, side_row);
+      UNROLL
       for (int j = 0; j < 4; ++j) simdgroup_multiply_accumulate(sums[i][j], left, right[j], sums[i][j]);
     }
   }
@@ -161,7 +174,9 @@ kernel void linear_tiles(device const T* x [[buffer(0)]], device const uchar* pa
   const int column = first_n + simd_n + int(lane);
   float added = 0.0f;
   if (!Grad && sizes.bias_dtype >= 0 && column < columns) added = load_any(bias, ulong(column), int(sizes.bias_dtype));
+  UNROLL
   for (int i = 0; i < BM / 16; ++i) {
+    UNROLL
     for (int j = 0; j < 4; ++j) simdgroup_store(sums[i][j], mine + 8 * j, out_row);
     simdgroup_barrier(mem_flags::mem_threadgroup);
     for (int r = 0; r < 8; ++r) {

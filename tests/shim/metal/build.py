@@ -140,14 +140,14 @@ def runner() -> list[Path]:
     return objects
 
 
-def library(source: str) -> Path:
+def library(source: str, optimization: str = "-O1") -> Path:
     """The shared object of one text that compile_shader would take."""
     text = transformed(source)
     poison = "-ftrivial-auto-var-init=pattern"  # of variables that are read before they are written
-    flags = [*_FLAGS, *_machine_flags(), *_KERNEL_FLAGS, *_CHECKS, poison, "-O1", *_INCLUDES]
+    flags = [*_FLAGS, *_machine_flags(), *_KERNEL_FLAGS, *_CHECKS, poison, optimization, *_INCLUDES]
     kernels = _cached("kernels.o", text.encode(), [compiler(), *flags, "-c", "IN", "-o", "OUT"], text)
     objects = [str(path) for path in (kernels, *runner())]
-    return _cached("library.so", text.encode(), [compiler(), "-shared", *objects, "-o", "OUT"])
+    return _cached("library.so", kernels.name.encode(), [compiler(), "-shared", *objects, "-o", "OUT"])
 
 
 def check_space(source: str, space: str) -> None:

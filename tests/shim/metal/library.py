@@ -119,12 +119,12 @@ class Kernel:
 
 
 class Library:
-    """The kernels of one text."""
+    """The kernels of one text; `optimization` is the compiler's."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, optimization: str = "-O1") -> None:
         if not source.isascii():
             raise ValueError("Metal text is plain ASCII")
-        self._shared = ctypes.CDLL(str(library(source)))
+        self._shared = ctypes.CDLL(str(library(source, optimization)))
         self._shared.shim_kernel_name.restype = ctypes.c_char_p
         self._shared.shim_launch.restype = ctypes.c_char_p
         self._shared.shim_launch.argtypes = [
