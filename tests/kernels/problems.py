@@ -250,7 +250,12 @@ _dtypes = st.sampled_from(DTYPES)
 
 
 @st.composite
-def problems(draw: st.DrawFn, grad: bool | None = None, kinds: st.SearchStrategy[str] = _KINDS) -> Problem:
+def problems(
+    draw: st.DrawFn,
+    grad: bool | None = None,
+    kinds: st.SearchStrategy[str] = _KINDS,
+    dtypes: st.SearchStrategy[torch.dtype] = _dtypes,
+) -> Problem:
     """Any problem whose contraction may be long and whose outputs are few enough to check."""
     grad = draw(st.booleans()) if grad is None else grad
     contraction = draw(st.one_of(st.sampled_from(_SIZES), st.sampled_from(_LONG), st.integers(1, 200)))
@@ -263,7 +268,7 @@ def problems(draw: st.DrawFn, grad: bool | None = None, kinds: st.SearchStrategy
         draw(st.sampled_from(FORMATS)),
         draw(_BLOCKS),
         nested=draw(st.booleans()),
-        dtype=draw(_dtypes),
+        dtype=draw(dtypes),
         bias=draw(st.one_of(st.none(), _dtypes)),
         rank=draw(st.one_of(st.just(0), st.sampled_from((1, 2, 16, 31, 32, 33)), st.integers(1, 40))),
         side=draw(_dtypes),
