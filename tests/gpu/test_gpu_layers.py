@@ -38,7 +38,7 @@ def step(layer: nn.Module, x: Tensor, g: Tensor) -> dict[str, Tensor]:
     layer.zero_grad()
     y = layer(x)
     y.backward(g)
-    named = {name: p.grad for name, p in layer.named_parameters() if p.grad is not None}
+    named = {n.removeprefix("_orig_mod."): p.grad for n, p in layer.named_parameters() if p.grad is not None}
     return {name: t.detach().float().cpu() for name, t in {"y": y, "x": x.grad, **named}.items() if t is not None}
 
 
@@ -202,8 +202,8 @@ def test_a_qlora_step_of_a_llama_is_that_of_the_cpu(gpu: torch.device, dtype: to
         loss.backward()
         gradients = {n: p.grad.float().cpu() for n, p in twin.named_parameters() if p.grad is not None}
         results.append({"loss": loss.detach().float().cpu().reshape(1), **gradients})
-    # bf16: attention, norms and the loss are other code on either side, each with roundings of 2^-8 of its own.
-    assert_near(results[1], results[0], 1e-4 if dtype == torch.float32 else 0.08)
+    # Attention, norms and the loss are other code on either side; in bf16 each has roundings of 2^-8 of its own.
+    assert_near(results[1], results[0], 1e-3 if dtype == torch.float32 else 0.08)
 
 
 def test_fine_tuning_learns_what_the_cpu_learns(gpu: torch.device) -> None:
