@@ -54,8 +54,7 @@ def explained(problem: Problem, compute: int = 0) -> dict[str, str]:
     m = math.prod(problem.x.shape[:-1])
     int8 = problem.weight.codebook is None
     block = 64 if int8 else problem.weight.block_size
-    properties = None if problem.x.is_cuda else cuda.core().properties(0)  # None: of the current GPU; else the shim's
-    return cuda.explain_linear(n, k, m, problem.x.dtype, int8, problem.grad, compute, block, properties=properties)
+    return cuda.explain_linear(n, k, m, problem.x.dtype, int8, problem.grad, compute, block, problem.x.device)
 
 
 def expected(problem: Problem) -> tuple[Tensor, Tensor]:
