@@ -103,6 +103,7 @@ FAULTS = [
     ("hand_over", 4, "barrier 16; allowed are 1 to 15"),
     ("sum_blocks", 1, "wrong"),  # trusts that the last block comes last
     ("sum_blocks", 2, "no end"),  # waits for other blocks
+    ("sum_blocks", 3, "no __threadfence"),
     ("plain", 1, "wrong"),  # reads a variable before it is written
     ("plain", 2, "faults.cu"),  # index
     ("plain", 3, "is shifted by"),

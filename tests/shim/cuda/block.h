@@ -31,6 +31,7 @@ struct Thread {
   int lane = 0;
   int warp = 0;
   uint32_t atomics = 0;
+  bool published = false;  // has called __threadfence
   // cp.async
   std::vector<Copy> copies;  // in the order of their issue
   int copy_group = 0;        // groups committed so far

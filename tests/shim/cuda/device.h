@@ -83,6 +83,8 @@ uint32_t vote(uint32_t mask, bool predicate, const char* operation);
 void sync_warp(uint32_t mask);
 void barrier(int id, int threads, bool waits);
 void atomic_point();  // before an atomic operation: another thread may come first
+void publish();
+void check_published();
 
 void copy_async(void* shared, const void* global, bool valid);
 constexpr uint64_t kEvictFirst = 0x12F0000000000000U;
@@ -115,8 +117,7 @@ T from_bits(uint64_t bits) {
 
 inline void __syncthreads() { shim::barrier(0, 0, true); }
 inline void __syncwarp(uint32_t mask = kWholeWarp) { shim::sync_warp(mask); }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
+inline void __threadfence() { shim::publish(); }
 
 template <class T>
 T __shfl_sync(uint32_t mask, T value, int source, int width = kWarp) {
@@ -141,11 +142,13 @@ inline uint32_t __ballot_sync(uint32_t mask, int predicate) {
 inline int __any_sync(uint32_t mask, int predicate) { return shim::vote(mask, predicate != 0, "__any_sync") != 0; }
 inline int __all_sync(uint32_t mask, int predicate) { return shim::vote(mask, predicate != 0, "__all_sync") == mask; }
 
+// Of counters alone, by which a block tells others that what it has written is there.
 template <class T>
 T atomicAdd(T* address, T value) {
   static_assert(std::is_same_v<T, int> || std::is_same_v<T, unsigned> || std::is_same_v<T, unsigned long long>,
                 "atomicAdd: int, unsigned or unsigned long long, and no floats, whose sum would depend on the order");
   shim::check_aligned(address, sizeof(T), "atomicAdd");
+  shim::check_published();
   shim::atomic_point();
   const T before = *address;
   *address = before + value;

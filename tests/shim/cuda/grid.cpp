@@ -212,6 +212,12 @@ void check_hopper(const char* operation) {
   if (device.capability != 90) fail("%s: only sm_90a has it, and this is sm_%d", operation, device.capability);
 }
 
+void publish() { self().published = true; }
+void check_published() {
+  if (!self().published)
+    fail("atomicAdd: no __threadfence before it, without which others may not see what was written");
+}
+
 void atomic_point() {
   constexpr uint32_t kEndless = 1U << 20;
   if (++self().atomics > kEndless) fail("no end: %u atomic operations of one thread", kEndless);
