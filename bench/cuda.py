@@ -62,6 +62,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace, gpu: Gpu) -> None:
         self.args, self.gpu = args, gpu
+        self.stop = time.monotonic() + args.limit
         self.notes: list[str] = []
         self.judged: list[Judged] = []
         self.cases: list[dict[str, object]] = []
@@ -80,6 +81,14 @@ class Bench:
         ]
         self.cases.append({**facts, "seconds": {name: asdict(timing) for name, timing in timings.items()}})
         return timings
+
+    def in_time(self) -> bool:
+        """Whether another case may begin; says once that one may not."""
+        if time.monotonic() < self.stop:
+            return True
+        note = f"{self.args.limit:.0f} s are over: the rest was left out"
+        self.notes += [note] if note not in self.notes else []
+        return False
 
     def floor(self, weight: Weight, m: int) -> tuple[float, str]:
         """The shortest time by this run's ceilings, and which one it is."""
@@ -234,9 +243,11 @@ class Bench:
         except Missing as reason:
             self.notes += [str(reason)] if str(reason) not in self.notes else []
         for m in self.args.rows:
-            products.append(self.linear(weight, peer, m, False))
-        products.append(self.linear(weight, peer, max(self.args.rows), True))
-        codecs += self.codecs(weight, peer)
+            if self.in_time():
+                products.append(self.linear(weight, peer, m, False))
+        if self.in_time():
+            products.append(self.linear(weight, peer, max(self.args.rows), True))
+            codecs += self.codecs(weight, peer)
         del weight, peer
         self.gpu.reset_peak()
 
@@ -254,9 +265,7 @@ class Bench:
         for n, k in self.args.shapes:
             weight = Weight(self.gpu, n, k)
             for grad in (False, True):
-                best: list[tuple[int, str, float, str, float]] = []
-                for m in self.args.rows:
-                    best.append(self.fastest(weight, m, grad))
+                best = [self.fastest(weight, m, grad) for m in self.args.rows if self.in_time()]
                 print(f"\n{'grad_input' if grad else 'linear'} {n}x{k}: {spans(best)}")
                 for m, name, seconds, choice, chosen_seconds in best:
                     if chosen_seconds > 1.03 * seconds:
@@ -323,6 +332,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--shape", action="append", help="out_features,in_features; may be repeated")
     parser.add_argument("--m", action="append", type=int, help="rows of x; may be repeated")
     parser.add_argument("--seconds", type=float, default=0.12, help="per contestant and case, on average")
+    parser.add_argument("--limit", type=float, default=float("inf"), help="seconds after which no new case begins")
     parser.add_argument("--quick", action="store_true", help="8192 x 8192 only")
     parser.add_argument("--sweep", action="store_true", help="every kernel over M")
     parser.add_argument("--step", action="store_true", help="a QLoRA step of a Llama of 1B parameters")

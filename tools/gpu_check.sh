@@ -109,7 +109,7 @@ if [ $built = yes ]; then
 	"$python" -c 'import pytest_timeout' 2> /dev/null && extra+=(--timeout=120)
 	"$python" -c 'import xdist' 2> /dev/null && [ "$gpu" = yes ] && extra+=(-n 6)
 	stage tests 170 tests.log "$python" -m pytest tests/gpu -v -p no:cacheprovider --durations=10 "${extra[@]}"
-	stage bench 170 bench.log "$python" bench/cuda.py --json "$scratch/targets.json" "${dry[@]}"
+	stage bench 170 bench.log "$python" bench/cuda.py --limit 145 --json "$scratch/targets.json" "${dry[@]}"
 	if [ "$gpu" = no ]; then
 		note memcheck skipped 0 "no GPU"
 		note racecheck skipped 0 "no GPU"
@@ -125,7 +125,7 @@ if [ $built = yes ]; then
 		failed=1
 	fi
 	stage step 80 bench.log "$python" bench/cuda.py --step --json "$scratch/step.json" "${dry[@]}"
-	stage sweep 90 bench.log "$python" bench/cuda.py --sweep --seconds 0.03 --json "$scratch/sweep.json" "${dry[@]}"
+	stage sweep 90 bench.log "$python" bench/cuda.py --sweep --limit 70 --seconds 0.03 --json "$scratch/sweep.json" "${dry[@]}"
 else
 	failed=1
 	note "the rest" skipped 0 "there is nothing to run: see build.log"
