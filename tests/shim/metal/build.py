@@ -11,11 +11,13 @@ What is done to the text, and nothing else:
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import platform
 import re
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -155,3 +157,49 @@ def check_space(source: str, space: str) -> None:
     text = transformed(source)
     flags = [*_FLAGS, *_KERNEL_FLAGS, "-Werror=cast-qual", f"-DSHIM_SPACE={SPACES[space]}", *_INCLUDES]
     _cached(f"{space}.ok", text.encode(), [compiler(), *flags, "-fsyntax-only", "IN"], text)
+
+
+# ---- clang, where there is one ---------------------------------------------------------------------------------------
+
+
+@functools.cache
+def clang() -> list[str] | None:
+    """A clang that has __bf16 (17 or newer): the system's, or the package ziglang's; None: there is neither."""
+    for command in (["clang++"], [sys.executable, "-m", "ziglang", "c++"]):
+        try:
+            found = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout
+        except OSError:
+            continue
+        version = re.search(r"clang version (\d+)", found)
+        if version is not None and int(version[1]) >= 17:
+            return command
+    return None
+
+
+def check_spaces(source: str) -> None:
+    """Raises CompileError for any pointer of a wrong address space, and for what C++14 or clang does not take."""
+    text = source.replace("constant constexpr", "static constexpr")
+    text = re.sub(r"^#include <metal_\w+>$", '#include "shim/metal/spaces.h"', text, flags=re.M)
+    array = r"\1typedef threadgroup \2 \3_array\4; \3_array& \3 = *(\3_array*)threadgroup_array();"
+    text = re.sub(r"^(\s+)threadgroup (\w+) (\w+)((?:\[[^;]*\])+);", array, text, flags=re.M)
+    text = re.sub(r"\b(?:vec<(\w+), 4>|(float)4)\(", r"make_vec<\1\2>(", text).replace("ulong2(", "make_ulong2(")
+    text = re.sub(
+        r"template\s+\[\[host_name\([^)]*\)\]\]\s+\[\[kernel\]\]([\s\\]*)decltype", r"template\1decltype", text
+    )
+    flags = [
+        "-std=c++14",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-Wno-unknown-attributes",
+        "-Wno-unknown-pragmas",
+        "-Wno-unused",
+    ]
+    command = clang()
+    assert command is not None
+    _cached(
+        "spaces.o",
+        text.encode(),
+        [*command, *flags, "-Wno-unused-const-variable", f"-I{TESTS}", "-c", "IN", "-o", "OUT"],
+        text,
+    )
