@@ -18,13 +18,12 @@ constexpr int kBlocks = 6;  // of a multiprocessor at once: 40 registers a threa
 template <class T>
 constexpr int kVector = 16 / static_cast<int>(sizeof(T));
 
-__device__ __forceinline__ void store_16(float* to, const float (&v)[4]) {
-  *reinterpret_cast<float4*>(to) = make_float4(v[0], v[1], v[2], v[3]);
+__device__ __forceinline__ void store_vector(float* to, const float (&v)[4]) {
+  store_16(to, make_uint4(__float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3])));
 }
 template <class T>
-__device__ __forceinline__ void store_16(T* to, const float (&v)[8]) {
-  *reinterpret_cast<uint4*>(to) =
-      make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7]));
+__device__ __forceinline__ void store_vector(T* to, const float (&v)[8]) {
+  store_16(to, make_uint4(pack<T>(v[0], v[1]), pack<T>(v[2], v[3]), pack<T>(v[4], v[5]), pack<T>(v[6], v[7])));
 }
 
 __device__ __forceinline__ void store_one(float* to, float v) { *to = v; }
@@ -100,7 +99,7 @@ __device__ __forceinline__ void decode_unit(const float* table, unsigned char* s
     }
 #pragma unroll
     for (int j = 0; j < kEach; ++j) v[j] = __fmul_rn(v[j], by);
-    store_16(out + at, v);
+    store_vector(out + at, v);
   }
 }
 
@@ -188,7 +187,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks) dequantize_8bit_kernel(Bloc
       float v[kEach];
 #pragma unroll
       for (int j = 0; j < kEach; ++j) v[j] = __fmul_rn(map[words[j / 4] >> (8 * (j % 4)) & 0xFFU], by);
-      store_16(out + at, v);
+      store_vector(out + at, v);
     } else {
       for (int j = 0; j < kEach && at + j < source.count; ++j) store_one(out + at + j, __fmul_rn(map[codes[j]], by));
     }
@@ -245,7 +244,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
         const int8_t code = static_cast<int8_t>(words[j / 4] >> (8 * (j % 4)) & 0xFFU);
         v[j] = int8_value(static_cast<float>(code), absmax, divides);
       }
-      store_16(to + at, v);
+      store_vector(to + at, v);
     }
   }
 }

@@ -115,6 +115,18 @@ __device__ __forceinline__ uint4 load_once_16(const void* global) {
   return value;
 }
 
+// ---- stores of several words at once: an assignment the compiler may take apart -------------------------------------
+
+// 16 or 8 bytes, aligned to as many.
+__device__ __forceinline__ void store_16(void* global, uint4 value) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(global), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+__device__ __forceinline__ void store_8(void* global, uint2 value) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(global), "r"(value.x), "r"(value.y) : "memory");
+}
+
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
 // Byte i of the result: of the eight bytes of a (0 to 3) and b (4 to 7) the one that bits 4 i to 4 i + 2 of the

@@ -69,10 +69,10 @@ __device__ __forceinline__ uint4 raw_of(const float (&v)[kEach]) {
   }
 }
 
-__device__ __forceinline__ void store_four(float* p, uint4 raw) { *reinterpret_cast<uint4*>(p) = raw; }
+__device__ __forceinline__ void store_four(float* p, uint4 raw) { store_16(p, raw); }
 template <class T>
 __device__ __forceinline__ void store_four(T* p, uint4 raw) {
-  *reinterpret_cast<uint2*>(p) = make_uint2(raw.x, raw.y);
+  store_8(p, make_uint2(raw.x, raw.y));
 }
 
 __device__ __forceinline__ void store_some(float* p, uint4 raw, int64_t left) {
@@ -125,16 +125,19 @@ __device__ __forceinline__ void load_run(const T* from, int64_t start, int64_t c
   }
 }
 template <class T>
-__device__ __forceinline__ void store_run(T* to, int64_t start, int64_t count, bool whole, const uint4 (&raw)[2]) {
+__device__ __forceinline__ void store_step(T* to, uint4 raw, int64_t left, bool whole) {
   if (whole) {
-#pragma unroll
-    for (int step = 0; step < 2; ++step) store_four(to + place_of(start, step), raw[step]);
+    store_four(to, raw);
   } else {
+    store_some(to, raw, left);
+  }
+}
+template <class T>
+__device__ __forceinline__ void store_run(T* to, int64_t start, int64_t count, bool whole, const uint4 (&raw)[2]) {
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
-      const int64_t at = place_of(start, step);
-      store_some(to + at, raw[step], count - at);
-    }
+  for (int step = 0; step < 2; ++step) {
+    const int64_t at = place_of(start, step);
+    store_step(to + at, raw[step], count - at, whole);
   }
 }
 __device__ __forceinline__ void load_run(const uint8_t* from, int64_t start, int64_t count, bool whole,

@@ -96,8 +96,13 @@ struct Thresholds {
 constexpr int kBetween = 15 * kWarp;
 constexpr int kMidpointTable = kThresholdTable + kBetween;
 
+// So no kernel has to clamp s to [-1, 1]: nothing clamped exceeds 1, everything exceeds what lies below -1.
+__device__ __forceinline__ float within_reach(float middle) {
+  const float infinity = __uint_as_float(kInfinity);
+  return middle >= 1.0F ? infinity : middle < -1.0F ? -infinity : middle;
+}
 __device__ __forceinline__ float midpoint(const float* map, int i) {
-  return (__ldg(map + i) + __ldg(map + i + 1)) / 2.0F;
+  return within_reach((__ldg(map + i) + __ldg(map + i + 1)) / 2.0F);
 }
 
 // By all threads of the block; a barrier comes before its first use.
@@ -123,7 +128,6 @@ struct Midpoints {
 
   // The nearest code, ties to the lower one.
   __device__ __forceinline__ uint32_t nearest(float s) const {
-    s = fminf(fmaxf(s, -1.0F), 1.0F);
     const uint32_t sixteenth = coarse.row_of(s) / kRow;
     uint32_t place = 8 * sixteenth + column;  // below kRow
     if (s > look_up(between, place + 7 * kRow)) place += 8 * kRow;

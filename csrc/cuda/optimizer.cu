@@ -57,31 +57,28 @@ __device__ __forceinline__ float to_bf16_stochastically(float v, uint64_t key, i
   return (bits & kInfinity) != kInfinity ? __uint_as_float((bits + random) & 0xFFFF0000U) : v;
 }
 
-// The new parameters of a run, and where they go. `kept`: a step's elements stay as they are.
+// The new parameters of a run, where they go. `kept`: a step's elements stay as they are.
 __device__ __forceinline__ void update_params(const AdamWArgs& args, int64_t start, bool whole, const uint4 (&raw)[2],
                                               const float (&m)[2][kEach], const float (&v)[2][kEach],
                                               const bool (&kept)[2]) {
-  uint4 result[2];
 #pragma unroll
   for (int step = 0; step < 2; ++step) {
+    if (kept[step]) continue;
+    const int64_t at = place_of(start, step);
+    const int64_t left = whole ? kEach : args.count - at;
     float p[kEach];
     floats_of_any(raw[step], args.dtype, p);
 #pragma unroll
     for (int i = 0; i < kEach; ++i) {
       p[i] = updated(args.rule, p[i], m[step][i], v[step][i]);
-      if (args.stochastic) p[i] = to_bf16_stochastically(p[i], args.key, place_of(start, step) + i);
+      if (args.stochastic) p[i] = to_bf16_stochastically(p[i], args.key, at + i);
     }
     if (args.dtype == DType::f32) {
-      result[step] = raw_of<float>(p);
+      store_step(static_cast<float*>(args.param) + at, raw_of<float>(p), left, whole);
     } else {
-      result[step] = args.dtype == DType::bf16 ? raw_of<Bf16>(p) : raw_of<F16>(p);
+      const uint4 pairs = args.dtype == DType::bf16 ? raw_of<Bf16>(p) : raw_of<F16>(p);
+      store_step(static_cast<Bf16*>(args.param) + at, pairs, left, whole);
     }
-    if (kept[step]) result[step] = raw[step];
-  }
-  if (args.dtype == DType::f32) {
-    store_run(static_cast<float*>(args.param), start, args.count, whole, result);
-  } else {
-    store_run(static_cast<Bf16*>(args.param), start, args.count, whole, result);
   }
 }
 

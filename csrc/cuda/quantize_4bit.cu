@@ -19,8 +19,7 @@ constexpr int kPlaces = 2 * kThresholdTable;
 constexpr int kSorted = 3 * kThresholdTable;
 constexpr int kShared = (kSorted + 16) * 4;
 
-// Stable, so FP4's two zeros keep their order. Thresholds out of reach of clamp(s, -1, 1) are infinite instead, so that
-// s need not be clamped: nothing clamped exceeds 1, everything exceeds what lies below -1.
+// Stable, so FP4's two zeros keep their order.
 __device__ __forceinline__ void fill_tables(const float* codebook, float* tables) {
   const int thread = static_cast<int>(threadIdx.x);
   float* sorted = tables + kSorted;
@@ -35,12 +34,10 @@ __device__ __forceinline__ void fill_tables(const float* codebook, float* tables
     for (int i = 0; i < kWarp; ++i) tables[kPlaces + rank * kWarp + i] = __int_as_float(thread);
   }
   __syncthreads();
-  const float infinity = __uint_as_float(kInfinity);
   for (int i = thread; i < kThresholdTable; i += kThreads) {
     const int rank = i / kWarp;
     tables[kCodes + i] = sorted[rank];
-    const float middle = rank < 15 ? (sorted[rank] + sorted[rank + 1]) / 2.0F : infinity;
-    tables[i] = middle >= 1.0F ? infinity : middle < -1.0F ? -infinity : middle;
+    tables[i] = rank < 15 ? within_reach((sorted[rank] + sorted[rank + 1]) / 2.0F) : __uint_as_float(kInfinity);
   }
   __syncthreads();
 }

@@ -273,6 +273,15 @@ inline float reciprocal(float value) {
   return float_of(bits_of(result) + bits_of(value) * 0x9E3779B1U % 3 - 1);
 }
 
+inline void store_16(void* global, uint4 value) {
+  shim::check_aligned(global, 16, "store_16");
+  *static_cast<uint4*>(global) = value;
+}
+inline void store_8(void* global, uint2 value) {
+  shim::check_aligned(global, 8, "store_8");
+  *static_cast<uint2*>(global) = value;
+}
+
 template <class T>
 uint32_t pack(float low, float high);
 template <>
