@@ -63,6 +63,8 @@ stage() {
 	timeout -k 5 "$limit" "$@" > "$scratch/$name.out" 2>&1
 	rc=$?
 	cat "$scratch/$name.out" >> "$out/$log"
+	# pytest's 5: it found no test to run, which is so where all are skipped for want of a GPU.
+	[ "$name$rc$gpu" = tests5no ] && rc=0
 	result=ok
 	if [ $rc = 124 ] || [ $rc = 137 ]; then result=TIMEOUT; elif [ $rc != 0 ]; then result=FAILED; fi
 	[ $result = ok ] || failed=1
@@ -151,7 +153,9 @@ section() {
 	[ -s "$scratch/$1.out" ] || return 0
 	echo
 	echo "-- $1"
-	grep -vE "^(GPU:|== |\s*$)" "$scratch/$1.out" | cut -c1-170 | head -"$2"
+	local left="^(GPU:|== |Failed to load CPU|\s*$)"
+	[ "$1" = bench ] || left="$left|^ceilings" # which the first of them told
+	grep -vE "$left" "$scratch/$1.out" | cut -c1-170 | head -"$2"
 }
 {
 	echo "gpu_check: $([ $failed = 0 ] && echo all well || echo NOT ALL WELL), $SECONDS s, $(git rev-parse --short HEAD 2> /dev/null)"
