@@ -205,8 +205,8 @@ def test_address_spaces_are_right(library: str, space: str) -> None:
     build.check_space(backend.source(library), space)
 
 
-# What `volatile` cannot tell apart: memory of a thread where another space is meant. What clang lets pass are C casts and
-# what a template's type takes in; so both are asked.
+# What `volatile` cannot tell apart: memory of a thread where another space is meant. What clang lets pass are C casts
+# and what a template's type takes in; so both are asked.
 needs_clang = pytest.mark.skipif(build.clang() is None, reason="no clang 17 or newer: clang++, or the package ziglang")
 
 
