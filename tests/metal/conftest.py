@@ -24,7 +24,9 @@ SEED = int(os.environ.get("NYBBLE_SHIM_SEED", "1"))
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """The examples are small: torch's threads would mostly wait for each other."""
+    """The examples are small: torch's threads would mostly wait for each other. All of it is for Linux."""
+    if sys.platform != "linux":
+        pytest.skip("the shim needs Linux")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -43,8 +45,6 @@ def schedule() -> library.Schedule:
 @pytest.fixture
 def mps(schedule: library.Schedule, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """`nybble.backends.mps`, which now takes CPU tensors and runs the kernels in the shim."""
-    if sys.platform != "linux":
-        pytest.skip("the shim needs Linux")
     monkeypatch.setattr(backend, "compile_shader", library.compile_shader)
     monkeypatch.setattr(backend, "_missing", lambda: "")
     for cached in (backend._library, backend._kernel):
