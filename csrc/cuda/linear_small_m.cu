@@ -2,23 +2,34 @@
 //
 // W is the 16-row operand of the tensor cores, x the other one, so that up to 8 (16) rows of x cost what one does.
 //
-//   tile      64 rows of W (128 for more than 8 rows of x)
-//   unit      a tile's rows times 128 (64) bytes of each: what a warp copies and multiplies at a time, 8 KB
-//   span      32 bytes of each row of a unit: 64 columns of 4 bits, 32 of int8. A 4-bit span lies in one block of
-//   scales,
-//             or in two of 32
-//   half      the first or second half of a unit's rows: copied on its own, so that what comes last is little
+//   tile   64 rows of W (128 for more than 8 rows of x)
+//   unit   a tile's rows times 128 (64) bytes of each: what a warp copies and multiplies at a time, 8 KB
+//   span   32 bytes of each row of a unit: 64 columns of 4 bits, 32 of int8. A 4-bit span lies in one block of scales,
+//   or
+//          in two of 32
+//   half   the first or second half of a unit's rows: waited for on its own, so that little is left when all has come
 //
 // All units, tile after tile, are dealt to the blocks in equal runs and inside a block to its warps in turn: every SM
 // reads as much as any other, a warp's copies run ahead across tiles, and no barrier is met but where a tile ends.
-// There the warps' sums are added in the order of the warps; a tile that two blocks share goes through the workspace,
-// and the last block to come adds all parts in the order of the blocks.
+// There the warps' sums are added in the order of the warps; a tile that blocks share goes through the workspace, and
+// the last block to come adds all parts in the order of the blocks.
 //
 // A byte of 4-bit codes is a pair of neighbours along k, so one lookup in a table of 256 pairs, held 32 times, once for
-// each lane's bank, gives a register of the operand: the byte is put above the lane's offset by one permutation, which
-// is the address. Codes stay bare, and a span's sums are multiplied by its scale in fp32. The order of k within a span
-// is free as long as both operands agree: lane t of a quad has bytes 4t to 4t + 3 of each 16, so x's 8 columns from 8t
-// on.
+// each lane's bank, gives a register of the operand; one permutation puts the byte above the lane's offset, which is
+// the address. Codes stay bare, and a span's sums are multiplied by its scale in fp32. The order of k within a span is
+// free as long as both operands agree: lane t of a quad has bytes 4t to 4t + 3 of each 16, so x's 8 columns from 8t on.
+// For one or two rows of x each of the four spans has two columns of the product to itself: the sums of a span then lie
+// in the lane that has decoded its scale, and a scale is applied once in four spans.
+//
+// Counted for 1024 weights (16 rows of a span), NF4 blocks of 64, nested, sm_90a, not measured:
+//   rows of x                          1 to 2   to 8   to 16
+//   bytes of W                            528    528     528
+//   bytes of x from L2                 32, 64  32 to 256  288
+//   warp instructions                      80     88      96    at 4 a clock: 43 to 51 weights a clock
+//   wavefronts in shared memory and L1     28     30      31    33 to 36 weights a clock; 3 TB/s bring 25 at 1.755 GHz
+//     table 16, copied in 4, read 4, x 0.5 or 2, scales 3.5 to 5
+//   registers (no spills)                 164    195     255
+// A block has 8 warps and an SM one block: 225 KB of shared memory, 192 KB of it slots that are being filled.
 #include "cuda/launch.cuh"
 #include "cuda/small_m_sums.cuh"
 
@@ -150,6 +161,7 @@ Depth depth_of(int capability) {
 
 // Units that a block could multiply while the parts of a tile that two blocks share are put together.
 constexpr int64_t kJoining = 4;
+constexpr int64_t kMostBlocks = 512;
 
 template <class S>
 Status start(const LinearArgs& args, const Device& device, const Place& place) {
@@ -159,11 +171,12 @@ Status start(const LinearArgs& args, const Device& device, const Place& place) {
   if (units > INT32_MAX / 2) return bad_argument("in_features", args.weight.cols);
   const Depth depth = depth_of(device.capability);
   const int64_t warps = int64_t{1} << depth.log2_warps;
-  // Every multiprocessor has one block.
-  const int64_t blocks = smaller(device.multiprocessors, kWorkspaceBytes / (4 * S::kRows * S::kColumns * 4));
+  // A multiprocessor has one block. Whole tiles, if that is hardly more for the fullest one, else equal runs of units.
+  static_assert(4 * kCounters + kMostBlocks * 2 * S::kRows * S::kColumns * 4 <= kWorkspaceBytes);
+  const int64_t blocks = smaller(device.multiprocessors, kMostBlocks);
   const int64_t whole = divide_up(tiles, blocks) * chunks;
-  int64_t per_block = divide_up(divide_up(units, blocks), warps) * warps;
-  if (whole <= per_block + kJoining) per_block = whole;
+  const int64_t equal = divide_up(units, blocks);
+  const int64_t per_block = whole <= equal + kJoining ? whole : equal;
   Work work;
   work.weight = args.weight;
   work.x = static_cast<const uint16_t*>(args.x);
@@ -182,8 +195,8 @@ Status start(const LinearArgs& args, const Device& device, const Place& place) {
   work.partials = static_cast<float*>(place.workspace) + kCounters;
   const int64_t slots = warps * depth.slots;
   const int64_t areas = slots <= kTableAreas ? kTableAreas : kTableAreas + divide_up(slots - kTableAreas, 2);
-  return launch<&small_m<S>>(dim3(static_cast<unsigned>(divide_up(units, larger(per_block, 1)))),
-                             static_cast<int>(warps) * kWarp, static_cast<size_t>(areas * kArea + kSmall), place, work);
+  return launch<&small_m<S>>(dim3(static_cast<unsigned>(divide_up(units, per_block))), static_cast<int>(warps) * kWarp,
+                             static_cast<size_t>(areas * kArea + kSmall), place, work);
 }
 
 template <class T>

@@ -155,12 +155,13 @@ __device__ __forceinline__ void finish_tile(const Work& work, unsigned char* sha
   const int last = (begin + work.chunks - 1) / work.per_block;
   const int threads = static_cast<int>(blockDim.x);
   constexpr int kSums = S::kRows * S::kColumns;
-  // A block has at most two parts of tiles: of the one where its units begin, and of the one where they end.
-  const auto part_of = [&](int block) {
-    return work.partials + (2 * block + (block * work.per_block / work.chunks == tile ? 0 : 1)) * int64_t{kSums};
-  };
+  // A block has at most two parts of tiles: one of the tile where its units begin, one of that where they end. The
+  // latter is what the first of the blocks has of this one, unless its units begin with the tile.
+  float* parts = work.partials;
+  const int first_part = 2 * first + (first * work.per_block < begin ? 1 : 0);
   const int count = work.m * S::kRows;
-  float* mine = first == last ? nullptr : part_of(static_cast<int>(blockIdx.x));
+  const int block = static_cast<int>(blockIdx.x);
+  float* mine = first == last ? nullptr : parts + int64_t{kSums} * (block == first ? first_part : 2 * block);
   for (int i = static_cast<int>(threadIdx.x); i < count; i += threads) {
     const int column = i / S::kRows;
     const int row = i % S::kRows;
@@ -182,8 +183,9 @@ __device__ __forceinline__ void finish_tile(const Work& work, unsigned char* sha
   __threadfence();
   if (threadIdx.x == 0) work.counters[first] = 0;
   for (int i = static_cast<int>(threadIdx.x); i < count; i += threads) {
-    float sum = 0.0F;
-    for (int block = first; block <= last; ++block) sum = __fadd_rn(sum, part_of(block)[i]);
+    float sum = parts[int64_t{kSums} * first_part + i];
+#pragma unroll 4
+    for (int other = first + 1; other <= last; ++other) sum = __fadd_rn(sum, parts[int64_t{2 * kSums} * other + i]);
     store<S>(work, static_cast<int64_t>(tile) * S::kRows + i % S::kRows, i / S::kRows, sum);
   }
 }
