@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from kernels.problems import TINY, UNIT, Problem, decoded, problems
+from kernels.problems import TINY, UNIT, Problem, block_unit, decoded, problems
 from torch import Tensor
 
 from nybble.backends import PackedWeight
@@ -52,15 +52,18 @@ def rounded_weight(problem: Problem, dtype: torch.dtype) -> Tensor:
     return (weight.packed.float() * (weight.absmax / 127.0).unsqueeze(1)).to(dtype)
 
 
-def expected(problem: Problem) -> tuple[Tensor, Tensor]:
+def expected(problem: Problem, bare_codes: bool = False) -> tuple[Tensor, Tensor]:
     """The float64 result of a bf16 or fp16 problem and, for every output, how far a correct kernel may be from it.
 
     As `kernels.problems.expected` derives it, with u = 2^-22: the products of pairs are exact, but tensor cores add
     several of them at once and cut what lies below the largest, so an addition is off by less than two units in the
     last place. The side path is of bf16 pairs in bf16, in fp16 it is of fp32 numbers.
+
+    `bare_codes`: the codes, not the weights, are rounded, and scales multiply sums in fp32. Each 4-bit weight is then
+    off by u_dtype of itself, int8 is exact, and an underflow counts in units of the block's scale.
     """
     dtype = problem.x.dtype
-    x, weight = problem.x.double(), rounded_weight(problem, dtype)
+    x, weight = problem.x.double(), decoded(problem.weight) if bare_codes else rounded_weight(problem, dtype)
     right = weight.double() if problem.grad else weight.double().t()
     side, side_weight = problem.side, problem.side_weight
     if side is not None and side_weight is not None:
@@ -69,18 +72,23 @@ def expected(problem: Problem) -> tuple[Tensor, Tensor]:
         extra = side_weight.double() if problem.grad else side_weight.double().t()
         x, right = torch.cat([x, side.double()], -1), torch.cat([right, extra])
     exact, size = x @ right, x.abs() @ right.abs()
+    off = torch.zeros_like(size)
+    if bare_codes:
+        if problem.weight.codebook is not None:
+            off = UNIT[dtype] * (problem.x.double().abs() @ weight.double().t().abs())
+        off = off + (right.shape[0] + 7) * 2.0**-149 * block_unit(problem.weight)
     if problem.bias is not None:
         exact, size = exact + problem.bias.double(), size + problem.bias.double().abs()
     n = right.shape[0] + 7
     u = 2.0**-22
-    bound = n * u / (1 - n * u) * size + n * 2.0**-149
+    bound = n * u / (1 - n * u) * (size + off) + n * 2.0**-149 + off
     bound = bound + UNIT[dtype] * (exact.abs() + bound) + TINY[dtype]
     return exact, bound
 
 
-def assert_within_bound(problem: Problem, actual: Tensor) -> None:
+def assert_within_bound(problem: Problem, actual: Tensor, bare_codes: bool = False) -> None:
     """Fails unless shape, dtype and every element of `actual` are right; infinite only where that may be."""
-    exact, bound = expected(problem)
+    exact, bound = expected(problem, bare_codes)
     assert actual.dtype == problem.x.dtype
     assert actual.shape == exact.shape
     close = (actual.double() - exact).abs() <= bound

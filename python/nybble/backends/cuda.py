@@ -343,7 +343,8 @@ def linear(
     """x W^T + side side_weight^T + bias in x's dtype; x [..., in_features], side [..., R].
 
     bf16 and fp16 inputs are multiplied by the tensor cores as pairs of their own dtype and accumulated in fp32, the
-    weight rounded to that dtype as `dequantize` rounds it; fp32 inputs are multiplied in fp32.
+    weight rounded to that dtype as `dequantize` rounds it (by `linear_small_m` its codes, which scales then multiply in
+    fp32); fp32 inputs are multiplied in fp32.
     """
     return _run(x, weight, bias, side, side_weight, False)
 
