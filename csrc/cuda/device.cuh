@@ -80,7 +80,8 @@ __device__ __forceinline__ void copy_async_16(void* shared, const void* global, 
                "r"(valid ? 16 : 0)
                : "memory");
 }
-// The same for what nobody reads again: it must not push out of L2 what others want. Fetched in whole lines of 128 bytes.
+// The same for what nobody reads again: it must not push out of L2 what others want. Fetched in whole lines of 128
+// bytes.
 __device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -88,9 +89,10 @@ __device__ __forceinline__ uint64_t evict_first_policy() {
 }
 __device__ __forceinline__ void copy_async_16_once(void* shared, const void* global, uint64_t policy,
                                                    bool valid = true) {
-  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
-               "l"(global), "r"(valid ? 16 : 0), "l"(policy)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2, %3;" ::"r"(shared_address(shared)),
+      "l"(global), "r"(valid ? 16 : 0), "l"(policy)
+      : "memory");
 }
 __device__ __forceinline__ void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Until at most `Pending` of this thread's latest groups are under way.
