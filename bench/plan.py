@@ -25,6 +25,7 @@ from finetune import prepare
 from rich.console import Console
 from rich.table import Table
 
+import nybble
 import nybble.cli.plan as command
 from nybble.planning import BUILT_IN, Cluster, Work, estimate, find_shape, plan, scaled_step
 
@@ -101,7 +102,8 @@ def measured(args: argparse.Namespace) -> None:
         (held, slower), (heap, faster) = (
             _measure(configuration, low_memory, directory) for low_memory in (True, False)
         )
-        work = Work(batch=batch, seq=seq, rank=rank, optimizer=optimizer)
+        matrix_unit = nybble.active_isa() == "amx"
+        work = Work(batch=batch, seq=seq, rank=rank, optimizer=optimizer, matrix_unit=matrix_unit)
         predicted = estimate(shape, method, base, work, checkpointing).above_imports
         error = predicted / held - 1
         worst = max(worst, abs(error))

@@ -45,9 +45,11 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """What fits: the memory of every method for a model, from its config.json alone, and the command to run."""
+    from ..introspection import active_isa
     from ..planning import Cluster, Work, plan, scaled_rows
 
-    work = Work(batch, seq, rank, size, tokens, optimizer, loss_chunk, device)
+    matrix_unit = device == "cpu" and active_isa() == "amx"
+    work = Work(batch, seq, rank, size, tokens, optimizer, loss_chunk, device, matrix_unit=matrix_unit)
     found = plan(model, None if memory is None else parse_size(memory), work)
     explained = [found.row(key) for key in why or ()]
     steps = {}

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend
 
 from .. import _core
 from ..backends import attention as kernels
-from ..backends import cpu
+from ..backends.addresses import DTYPE_CODES
 from ..backends.scratch import scratch
 
 #: Bytes of a block's weights, and of the gradient of its scores. Measured on two cores with 2 MiB of second-level cache
@@ -98,7 +98,7 @@ def accelerated(
         torch.is_grad_enabled()
         and (query.requires_grad or key.requires_grad or value.requires_grad)
         and query.device.type == "cpu"
-        and query.dtype in cpu.DTYPE_CODES
+        and query.dtype in DTYPE_CODES
         and query.dtype == key.dtype == value.dtype
         and dropout_p == 0.0
         and not torch.is_autocast_enabled("cpu")

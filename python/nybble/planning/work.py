@@ -29,6 +29,7 @@ class Work:
         batch: rows of a forward pass. seq: tokens of a row. rank: of LoRA and DoRA. size: of bottlenecks. tokens:
             virtual ones, of prefixes and prompts. optimizer: one of OPTIMIZERS. loss_chunk: tokens whose logits exist
             at once. device: one of DEVICES. fused: on the CPU, nybble's kernels in place of the model's own code.
+            matrix_unit: the CPU has AMX, where products of LoRA's factors and attention's forward pass are torch's.
 
     Raises ValueError, naming the field, what came and what is allowed.
     """
@@ -42,6 +43,7 @@ class Work:
     loss_chunk: int = 256
     device: str = "cpu"
     fused: bool = True
+    matrix_unit: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
