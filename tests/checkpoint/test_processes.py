@@ -357,6 +357,25 @@ def test_an_interruption_while_a_process_starts_ends_that_process_at_once(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interruption_that_somebody_swallows_is_raised_before_anything_is_in_place(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a bare `except:` does while a module is imported."""
+    begin = Leader.begin
+
+    def swallowing(*args: Any) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+        begin(*args)
+
+    monkeypatch.setattr(Leader, "begin", swallowing)
+    with pytest.raises(KeyboardInterrupt):
+        nybble.quantize(source, tmp_path / "out", processes=2)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert not multiprocessing.active_children()
+
+
 def command_of(process: str) -> str:
     try:
         return Path(f"/proc/{process}/cmdline").read_text()

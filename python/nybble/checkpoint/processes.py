@@ -144,9 +144,10 @@ def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any])
                 child.start()
             there.close()
         torch.set_num_threads(share)
-        # One that still imports would go on with it for seconds.
-        team = Leader(pipes, sharing=size, abandon=lambda rank: children[rank].kill())
-        yield team
+        with _remembered_interruption() as interrupted:
+            # One that still imports would go on with it for seconds.
+            team = Leader(pipes, size, lambda rank: children[rank].kill(), interrupted)
+            yield team
     except BaseException:
         if team is None or not team.has_stopped:  # nobody has told them to begin, or that it is over
             for child in children.values():
@@ -163,6 +164,31 @@ def _started(size: int, function: Callable[..., Any], arguments: dict[str, Any])
             child.join(5)  # it has left, or could not be stopped
             if child.is_alive():
                 child.kill()
+
+
+@contextlib.contextmanager
+def _remembered_interruption() -> Iterator[Callable[[], bool]]:
+    """Gives a function that tells whether Ctrl-C has come.
+
+    The KeyboardInterrupt is raised wherever the main thread is, and what is imported there may swallow it: a bare
+    `except:`, or compiled code that asks for an attribute.
+    """
+    came = False
+
+    def interrupt(number: int, frame: Any) -> None:
+        nonlocal came
+        came = True
+        signal.default_int_handler(number, frame)
+
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield lambda: came
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextlib.contextmanager

@@ -84,11 +84,18 @@ class Leader:
 
     rank = 0
 
-    def __init__(self, links: Mapping[int, Link], sharing: int, abandon: Callable[[int], None] = _nothing) -> None:
-        """`links`: by rank, 1 and up. `abandon`: called for a process that need not even begin."""
+    def __init__(
+        self,
+        links: Mapping[int, Link],
+        sharing: int,
+        abandon: Callable[[int], None] = _nothing,
+        interrupted: Callable[[], bool] = bool,
+    ) -> None:
+        """`links`: by rank, 1 and up. `abandon`: called for a process that need not even begin. `interrupted`: whether
+        Ctrl-C has come, which calls that wait or check raise as KeyboardInterrupt."""
         self.size, self.sharing = len(links) + 1, sharing
         self.spoiled, self.resumed = False, 0
-        self._links, self._abandon = links, abandon
+        self._links, self._abandon, self._interrupted = links, abandon, interrupted
         self._changed = threading.Condition()
         self._where: dict[int, str] = {}
         self._identities: dict[int, Any] = {}
@@ -146,9 +153,7 @@ class Leader:
 
     def check(self) -> None:
         """Raises what went wrong in a member, if anything did."""
-        with self._changed:
-            if self._error is not None:
-                raise self._error
+        self._wait(lambda: True)
 
     def stop(self, error: BaseException) -> None:
         """Stop the members and wait for them."""
@@ -184,7 +189,9 @@ class Leader:
 
     def _wait(self, ready: Callable[[], bool]) -> None:
         with self._changed:
-            self._changed.wait_for(lambda: self._error is not None or ready())
+            self._changed.wait_for(lambda: self._error is not None or ready() or self._interrupted())
+            if self._interrupted():
+                raise KeyboardInterrupt
             if self._error is not None:
                 raise self._error
 
