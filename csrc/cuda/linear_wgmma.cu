@@ -30,10 +30,10 @@ __global__ void __launch_bounds__(Layout<Tokens>::kThreads, 1) linear_wgmma_kern
   __syncthreads();
   const int warpgroup = warp() / 4;
   if (warpgroup < 2) {
-    more_registers<Tokens == 256 ? 200 : 144>();
+    more_registers<Tokens == 256 ? 192 : 144>();
     multiply_tiles<T, Grad, Tokens>(problem, warpgroup);
   } else {
-    fewer_registers<Tokens == 256 ? 104 : 112>();
+    fewer_registers<Tokens == 256 ? 120 : 112>();
     fill_tiles<T, Grad, Tokens>(problem, thread - kMultipliers);
   }
 #else
@@ -69,7 +69,8 @@ Plan plan_of(const Problem& problem, int multiprocessors) {
       if (splits > 1 && (tiles > kCounters || items > (kWorkspaceBytes - kCounters * 4) / bytes)) break;
       const double rounds = static_cast<double>(divide_up(items, multiprocessors));
       double cycles = static_cast<double>(divide_up(problem.steps, splits)) * cost.step + kFixed + 8.0 * cost.tokens;
-      if (splits > 1) cycles += static_cast<double>((splits + 1) * bytes) / kBandwidth;
+      const int moved = splits == 1 ? 0 : splits == 2 ? 2 : splits + 1;  // tiles of sums, by a block that adds
+      cycles += static_cast<double>(moved * bytes) / kBandwidth;
       if (best.tokens == 0 || rounds * cycles < best.cycles) best = {cost.tokens, splits, rounds * cycles};
     }
   }

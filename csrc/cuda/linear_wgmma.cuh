@@ -178,10 +178,14 @@ __device__ __forceinline__ bool add_parts(const Problem& problem, const Item& it
   barrier_sync(1, kMultipliers);
   if (*last == 0) return false;
   __threadfence();
+  const bool two = problem.splits == 2;  // whose order counts for nothing: a block adds what it has not
+  if (!two) {
 #pragma unroll
-  for (int j = 0; j < Tokens / 2; ++j) d[j] = 0.0F;
+    for (int j = 0; j < Tokens / 2; ++j) d[j] = 0.0F;
+  }
 #pragma unroll 1
   for (int split = 0; split < problem.splits; ++split, parts += kFours * kMultipliers) {
+    if (two && split == item.split) continue;
 #pragma unroll
     for (int j = 0; j < kFours; ++j) {
       const float4 part = parts[j * kMultipliers];

@@ -93,7 +93,7 @@ struct Decoder {
   bool half_blocks;  // two in a line
   int chunk;         // steps
   int64_t row_bytes;
-  uint32_t target;  // in a stage; the piece is to be exclusive-ored into bits 4 to 6
+  uint32_t target[8];  // of its pieces, in a stage: kept, so that a store needs no arithmetic
 
   __device__ __forceinline__ Decoder(const Problem& from, int number)
       : problem(from), thread(number), int8(from.weight.is_int8()) {
@@ -103,8 +103,13 @@ struct Decoder {
     half_blocks = !int8 && from.weight.packed4.block_shift == 5;
     chunk = int8 ? 2 : 4;
     row_bytes = int8 ? from.weight.cols : from.weight.cols / 2;
-    target = static_cast<uint32_t>(row_of_tile) * kLine + static_cast<uint32_t>(row_of_tile % 8) * 16 +
-             static_cast<uint32_t>(half) * kHalfBytes;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) target[i] = piece_of_tile(i);
+  }
+
+  __device__ __forceinline__ uint32_t piece_of_tile(int piece) const {
+    return swizzled(static_cast<uint32_t>(row_of_tile), static_cast<uint32_t>(piece)) +
+           static_cast<uint32_t>(half) * kHalfBytes;
   }
 
   __device__ __forceinline__ void enter(Position& at) const {
@@ -194,16 +199,16 @@ struct Decoder {
   }
 
   __device__ __forceinline__ void decode_4bit(uint32_t line, uint32_t piece, const float (&codebook)[16], float first,
-                                              float second, uint32_t to) const {
+                                              float second, uint32_t stage) const {
     const uint4 codes[2] = {piece_at(line, piece), piece_at(line, piece + 1)};
     BlockTable table = block_table<T>(codebook, first);
 #pragma unroll
     for (uint32_t i = 0; i < 2; ++i) {
       if (i == 1 && half_blocks) table = block_table<T>(codebook, second);
-      store_shared(to ^ ((4 * i) << 4), decode_8(table, codes[i].x));
-      store_shared(to ^ ((4 * i + 1) << 4), decode_8(table, codes[i].y));
-      store_shared(to ^ ((4 * i + 2) << 4), decode_8(table, codes[i].z));
-      store_shared(to ^ ((4 * i + 3) << 4), decode_8(table, codes[i].w));
+      store_shared(stage + target[4 * i], decode_8(table, codes[i].x));
+      store_shared(stage + target[4 * i + 1], decode_8(table, codes[i].y));
+      store_shared(stage + target[4 * i + 2], decode_8(table, codes[i].z));
+      store_shared(stage + target[4 * i + 3], decode_8(table, codes[i].w));
     }
   }
 
@@ -218,17 +223,17 @@ struct Decoder {
     }
     return pack_8<T>(values);
   }
-  __device__ __forceinline__ void decode_int8(uint32_t line, uint32_t piece, float scale, uint32_t to) const {
+  __device__ __forceinline__ void decode_int8(uint32_t line, uint32_t piece, float scale, uint32_t stage) const {
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
       const uint4 codes = piece_at(line, piece + i);
-      store_shared(to ^ ((2 * i) << 4), decode_int8(codes.x, codes.y, scale));
-      store_shared(to ^ ((2 * i + 1) << 4), decode_int8(codes.z, codes.w, scale));
+      store_shared(stage + target[2 * i], decode_int8(codes.x, codes.y, scale));
+      store_shared(stage + target[2 * i + 1], decode_int8(codes.z, codes.w, scale));
     }
   }
 
   // 64 ranks of `right` instead of a weight.
-  __device__ __forceinline__ void side(const Position& at, int step, bool aligned, uint32_t to) const {
+  __device__ __forceinline__ void side(const Position& at, int step, bool aligned, uint32_t stage) const {
     const int64_t rank = problem.side.rank;
     int64_t index, count;
     if constexpr (Grad) {
@@ -243,7 +248,7 @@ struct Decoder {
     }
 #pragma unroll 1
     for (int i = 0; i < 8; ++i) {
-      store_shared(to ^ (static_cast<uint32_t>(i) << 4),
+      store_shared(stage + piece_of_tile(i),
                    load_side_8<T>(problem.side.right, problem.side.right_dtype, index + 8 * i, count - 8 * i, aligned));
     }
   }
@@ -261,7 +266,7 @@ __device__ __forceinline__ void fill_tiles(const Problem& problem, int thread) {
     for (int i = 0; i < 16; ++i) codebook[i] = __ldg(problem.weight.packed4.codebook + i);
   }
   constexpr int kTurns = Memory::kFillers / kWarpgroup;  // warpgroups take steps in turn
-  const int mine = thread / kWarpgroup;
+  const int mine = warp() / 4 - 2;
   const bool side_aligned = (Grad ? problem.weight.cols : problem.side.rank) % 8 == 0 && aligned_16(problem.side.right);
 
   // Packed bytes are copied two chunks ahead, scales loaded one ahead.
@@ -295,17 +300,17 @@ __device__ __forceinline__ void fill_tiles(const Problem& problem, int thread) {
     for (int step = 0; step < steps; ++step, turn.advance()) {
       if (kTurns == 1 || step % kTurns == mine) {
         mbarrier_wait(Memory::empty(turn.stage), turn.phase ^ 1);
-        copier.copy(here.step + step, turn.offset());
-        copy_async_arrive(Memory::full(turn.stage));
         const uint32_t line = Memory::kRing + slot * kChunkBytes + decoder.line_of(step);
-        const uint32_t to = turn.offset() + decoder.target;
         if (decoder.int8) {
-          decoder.decode_int8(line, decoder.piece_of(step), by[0], to);
+          decoder.decode_int8(line, decoder.piece_of(step), by[0], turn.offset());
         } else {
-          decoder.decode_4bit(line, decoder.piece_of(step), codebook, by[0], then_by[0], to);
+          decoder.decode_4bit(line, decoder.piece_of(step), codebook, by[0], then_by[0], turn.offset());
         }
         fence_async_shared();
         mbarrier_arrive(Memory::full(turn.stage));
+        // Not before the fence, lest it wait for them as well.
+        copier.copy(here.step + step, turn.offset());
+        copy_async_arrive(Memory::full(turn.stage));
       }
       copier.source += kStep;
 #pragma unroll
@@ -317,7 +322,7 @@ __device__ __forceinline__ void fill_tiles(const Problem& problem, int thread) {
         if (kTurns != 1 && step % kTurns != mine) continue;
         mbarrier_wait(Memory::empty(turn.stage), turn.phase ^ 1);
         copier.side(here.token, step, turn.offset());
-        decoder.side(here, step, side_aligned, turn.offset() + decoder.target);
+        decoder.side(here, step, side_aligned, turn.offset());
         fence_async_shared();
         mbarrier_arrive(Memory::full(turn.stage));
         mbarrier_arrive(Memory::full(turn.stage));  // instead of the copies' arrival
