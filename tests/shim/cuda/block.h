@@ -12,7 +12,7 @@ namespace nybble::cuda::shim {
 constexpr int kMostThreads = 1024;
 constexpr int kWarpgroup = 128;
 constexpr uint32_t kSystemShared = 1024;  // bytes of the shared window before a block's own
-constexpr int kMostResident = 3;          // blocks that run at once
+constexpr int kMostResident = 6;          // blocks that run at once
 
 struct Block;
 

@@ -291,15 +291,22 @@ Status run_grid(const char* signature, dim3 blocks_wanted, int block_threads, si
   std::iota(order.begin(), order.end(), 0);
   if (fibers::order() == fibers::Order::reverse) std::reverse(order.begin(), order.end());
   if (fibers::order() == fibers::Order::random) {
-    for (size_t i = order.size(); i > 1; --i) {
-      std::swap(order[i - 1], order[fibers::random_below(static_cast<uint32_t>(i))]);
+    // Neighbours, which often work on the same output, run at the same time only if they stay neighbours.
+    std::rotate(order.begin(), order.begin() + fibers::random_below(static_cast<uint32_t>(count)), order.end());
+    if (fibers::random_below(2) == 0) {
+      for (size_t i = order.size(); i > 1; --i) {
+        std::swap(order[i - 1], order[fibers::random_below(static_cast<uint32_t>(i))]);
+      }
     }
   }
   const int fit = std::min(kMostResident, fibers::kMostFibers / block_threads);
   while (static_cast<int>(blocks.size()) < kMostResident) blocks.push_back(std::make_unique<Block>());
   for (size_t at = 0; at < order.size();) {
     int resident = 1;  // several at once: their accesses to global memory then come in any order
-    if (fibers::order() == fibers::Order::random) resident += static_cast<int>(fibers::random_below(fit));
+    if (fibers::order() == fibers::Order::random) {
+      constexpr int kTogether[] = {1, 2, 3, kMostResident};
+      resident = std::min(fit, kTogether[fibers::random_below(4)]);
+    }
     resident = static_cast<int>(std::min(order.size() - at, static_cast<size_t>(resident)));
     for (int i = 0; i < resident; ++i) {
       if (!regions[i].make()) return failed("no memory for shared memory");
