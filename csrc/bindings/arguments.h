@@ -190,7 +190,7 @@ inline void define_weight(py::module_& m) {
                   py::arg("cols"));
 }
 
-// One Python integer after the other; what is none leaves a Python exception set.
+// One Python number after the other, integers but for next_float; what is none leaves a Python exception set.
 class Integers {
  public:
   explicit Integers(PyObject* const* at) : at_(at) {}
@@ -198,6 +198,7 @@ class Integers {
   T next() {
     return static_cast<T>(PyLong_AsLongLong(*at_++));
   }
+  float next_float() { return static_cast<float>(PyFloat_AsDouble(*at_++)); }
   template <class T>
   const T* next_pointer() {
     return pointer<const T>(next<Address>());

@@ -111,15 +111,17 @@ void sum_of_squares(Address x, int dtype, int64_t count, Address sums, int devic
 
 constexpr const char* kLinearDoc =
     "linear(weight, grad_input, compute, x, x_stride, m, dtype, side, side_dtype, side_weight, side_weight_dtype, "
-    "rank, bias, bias_dtype, out, device, stream, workspace, /)\n--\n\nFalse: nothing was done, the caller is to "
+    "rank, bias, bias_dtype, out, device, stream, workspace, outlier_threshold, /)\n--\n\nFalse: nothing was done, the "
+    "caller is to "
     "dequantize the weight and multiply.";
-constexpr Py_ssize_t kLinearArguments = 18;
+constexpr Py_ssize_t kLinearArguments = 19;
 
 PyObject* linear(const WeightHandle& handle, Integers integers) {
   LinearArgs args = next_linear_args(handle, integers);
   const int number = integers.next<int>();
   const Address stream = integers.next<Address>();
   const Address workspace = integers.next<Address>();
+  args.outlier_threshold = integers.next_float();
   if (PyErr_Occurred() != nullptr) throw py::error_already_set();
   raise_unless_ok(check(args));
   cuda::Device device;

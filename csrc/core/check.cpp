@@ -252,6 +252,9 @@ Status check(const LinearArgs& args) {
   const Status sizes =
       first({in_range(rows, 0, kMaxElements, "out_features"), in_range(cols, 0, kMaxElements, "in_features"),
              in_range(static_cast<int64_t>(args.compute), 0, args.grad_input ? 0 : 1, "compute"),
+             args.outlier_threshold >= 0.0F && (args.outlier_threshold == 0.0F || args.compute == Compute::int8)
+                 ? success()
+                 : bad_argument("outlier_threshold", static_cast<int64_t>(args.compute)),
              in_range(args.m, 0, kMaxElements, "m"), valid_dtype(args.dtype, "dtype"),
              in_range(args.side.rank, 0, kMaxElements, "rank"), in_range(args.threads, 1, 4096, "threads")});
   if (!sizes.ok()) return sizes;

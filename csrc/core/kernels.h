@@ -95,6 +95,9 @@ struct LinearArgs {
   Weight weight;
   bool grad_input = false;
   Compute compute = Compute::native;  // forward only; grad_input is always native
+  // Compute::int8 on a GPU: columns of x in which a magnitude reaches it are not rounded; 0: none. (On a CPU the caller
+  // hands them over as a side path.)
+  float outlier_threshold = 0.0F;
   const void* x = nullptr;
   int64_t x_stride = 0;  // elements from one row of x to the next
   int64_t m = 0;

@@ -19,6 +19,12 @@
 
 namespace nybble::cuda {
 
+#if defined(NYBBLE_HOPPER)
+constexpr bool kCodeForHopper = true;
+#else
+constexpr bool kCodeForHopper = false;
+#endif
+
 constexpr int kWarp = 32;
 constexpr uint32_t kWholeWarp = 0xFFFFFFFFU;
 
@@ -131,6 +137,13 @@ __device__ __forceinline__ void store_8(void* global, uint2 value) {
 
 // ---- numbers --------------------------------------------------------------------------------------------------------
 
+// 1 / value to a unit in the last place; 0 where that is below 2^-126, infinite where the value is.
+__device__ __forceinline__ float reciprocal(float value) {
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+}
+
 // Byte i of the result: of the eight bytes of a (0 to 3) and b (4 to 7) the one that bits 4 i to 4 i + 2 of the
 // selector name; bits 3, 7, 11 and 15 are 0, which __byte_perm would make sure of with one more instruction.
 __device__ __forceinline__ uint32_t permute(uint32_t a, uint32_t b, uint32_t selector) {
@@ -216,6 +229,16 @@ __device__ __forceinline__ void multiply_int8(int (&d)[4], const uint32_t (&a)[4
       "{%0, %1, %2, %3};"
       : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The same, but d = start (in each element) + a b.
+__device__ __forceinline__ void multiply_int8_from(int start, int (&d)[4], const uint32_t (&a)[4],
+                                                   const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%10, %10, %10, %10};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "r"(start));
 }
 
 }  // namespace nybble::cuda

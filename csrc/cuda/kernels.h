@@ -23,6 +23,7 @@ struct Place {
 
 constexpr int64_t kCounters = 4096;
 constexpr int64_t kWorkspaceBytes = int64_t{17} << 20;  // partial sums of 128 x 256 for each of 135 multiprocessors
+constexpr int64_t kMostInt8Columns = int64_t{1} << 20;  // of x in linear_int8: rows of codes lie in the workspace
 
 // `failed` of the device, never null: lowered to the first block (row, for int8) that is not all finite, if one is not.
 // The outputs of such a block are then undefined, those of AdamW8Args unchanged.

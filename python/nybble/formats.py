@@ -169,7 +169,8 @@ class QuantConfig:
             the row's absmax / 254, and to every 4-bit weight one of up to 1 / 254 of the largest magnitude within
             512 columns of its row (for Gaussian inputs and weights about 0.011 of the output in all, where NF4 itself
             makes 0.09; inputs with outliers make it more). Forward only: gradients are computed as with None, and so is
-            LoRA's side path. Where rounding gains no speed (one or two rows; see `explain`) nothing is rounded.
+            LoRA's side path. Where rounding gains no speed (one or two rows, on NVIDIA GPUs up to 16; see `explain`)
+            nothing is rounded.
             How a layer computes, not what is stored: files do not keep it.
         skip: name patterns (see `match_module`) of modules that stay as they are.
         include: if not empty, only modules that match one of these patterns are quantized.

@@ -344,7 +344,8 @@ def linear(
 
     bf16 and fp16 inputs are multiplied by the tensor cores as pairs of their own dtype and accumulated in fp32, the
     weight rounded to that dtype as `dequantize` rounds it (by `linear_small_m` its codes, which scales then multiply in
-    fp32); fp32 inputs are multiplied in fp32.
+    fp32); fp32 inputs are multiplied in fp32. Where weight.compute is 1, rows of x are rounded to int8; which columns
+    reach weight.outlier_threshold, the GPU alone gets to know.
     """
     return _run(x, weight, bias, side, side_weight, False)
 
@@ -376,6 +377,7 @@ def _run(
         index,
         stream,
         workspace(device, index, stream).data_ptr(),
+        0.0 if transposed else weight.outlier_threshold,
     ):
         _multiply(x, weight, bias, side, side_weight, transposed, out)
     return out

@@ -60,6 +60,7 @@ struct dim3 {
   constexpr dim3(unsigned width = 1, unsigned height = 1, unsigned depth = 1) : x(width), y(height), z(depth) {}
 };
 
+constexpr bool kCodeForHopper = true;  // the shim runs all code
 constexpr int kWarp = 32;
 constexpr uint32_t kWholeWarp = 0xFFFFFFFFU;
 
