@@ -112,6 +112,7 @@ check: $(VENV)/.check
 	$(BIN)/ruff format --check python tests bench examples tools
 	$(BIN)/ruff check python tests bench examples tools
 	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/python tools/metal_lint.py
 	$(BIN)/python -m mypy
 	$(BIN)/python -m mypy.stubtest nybble._core --allowlist .stubtest-allowlist
 
