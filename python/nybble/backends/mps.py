@@ -390,7 +390,11 @@ def _rounded_rows(x: Tensor, outlier_threshold: float) -> Tensor:
     inner = values if outliers is None else values.index_fill(-1, outliers, 0.0)
     scale = inner.abs().amax(-1, keepdim=True) / 127.0
     rounded = scale * torch.where(scale == 0, 0.0, torch.round(inner / scale).clamp(-127.0, 127.0))
-    return rounded if outliers is None else rounded.index_copy(-1, outliers, values[..., outliers])
+    if outliers is not None:
+        rounded[..., outliers] = values[
+            ..., outliers
+        ]  # index_copy is newer on MPS, and was wrong there (torch #166237)
+    return rounded
 
 
 def _run(

@@ -51,6 +51,20 @@ def cuda_kernels() -> str:
     return "\n".join(f"{gpu}: {cuda.missing(gpu) or 'served'}" for gpu in gpus)
 
 
+def metal_kernels() -> str:
+    """Whether nybble's kernels for Apple's GPUs serve the one of this machine, with the text they are compiled from."""
+    import torch
+
+    from nybble.backends import mps
+
+    try:
+        texts = [mps.source(name) for name in ("dequantize", "quantize", "linear_small_m", "linear_tiles")]
+    except OSError as error:
+        return f"not there: {error}"
+    lines = sum(text.count("\n") for text in texts)
+    return mps.missing(torch.device("mps")) or f"served; {lines} lines, compiled on first use"
+
+
 def facts() -> list[tuple[str, str]]:
     """(what, value) of the machine, this process and its libraries."""
     import torch
@@ -80,6 +94,7 @@ def facts() -> list[tuple[str, str]]:
         ("CUDA in torch", cuda),
         ("CUDA kernels", cuda_kernels()),
         ("MPS in torch", "yes" if torch.backends.mps.is_available() else "no"),
+        ("Metal kernels", metal_kernels()),
     ]
 
 

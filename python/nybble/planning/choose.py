@@ -275,8 +275,8 @@ def _notes(shape: Shape, work: Work) -> Iterator[str]:
         )
     if work.device != "cpu":
         yield (
-            f"nothing of this has been measured on {'a GPU' if work.device == 'cuda' else 'unified memory'}: nybble "
-            "has no kernels there yet, layers decode their weights with torch; the runtime's shares are assumptions"
+            f"nothing of this has been measured on {'a GPU' if work.device == 'cuda' else 'unified memory'}: that the "
+            "largest weight is decoded as a whole, and the runtime's shares, are assumptions"
         )
     if shape.context is not None and work.seq > shape.context:
         yield f"seq is {work.seq:,}; the model's longest text is {shape.context:,} tokens"

@@ -22,10 +22,13 @@ from ..checkpoint.writer import StorageFullError, full_disk_names, write_all
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int | None:
     """Most memory this process has held so far, in bytes: allocated by torch on a CUDA device, resident on the CPU.
 
+    On "mps" torch counts no peak: what Metal holds for the process now, unused buffers that torch keeps included.
     The resident set counts file pages that are mapped, such as a checkpoint's. None where the platform cannot say.
     """
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if torch.device(device).type == "mps":
+        return torch.mps.driver_allocated_memory()
     try:
         import resource
     except ImportError:  # Windows

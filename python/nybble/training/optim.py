@@ -289,6 +289,8 @@ def clip_scale(
     squares = cuda_optim.sums_of_squares(on_gpu)
     for grad in grads:
         if not cuda_optim.serves(grad):
+            if grad.device.type == "mps":
+                grad = grad.cpu()  # float64, in which squares are added, is not there
             backend = cpu_optim if grad.device.type == "cpu" else reference_optim
             squares.append(backend.sum_of_squares(grad))
     total = sum(squares) if not all(map(math.isfinite, squares)) else math.fsum(squares)
