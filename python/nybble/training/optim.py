@@ -286,7 +286,7 @@ def clip_scale(
         raise ValueError(f"max_norm must be above 0, or None for no clipping; got {max_norm!r}")
     grads = [param.grad for param in parameters if param.grad is not None]
     on_gpu = [grad for grad in grads if cuda_optim.serves(grad)]
-    squares = cuda_optim.sums_of_squares(on_gpu)
+    squares = cuda_optim.sums_of_squares(on_gpu) if on_gpu else []  # whose core may not have been built
     for grad in grads:
         if not cuda_optim.serves(grad):
             if grad.device.type == "mps":
