@@ -18,6 +18,7 @@ generator = torch.Generator().manual_seed(5)
 NUMBERS = torch.randint(1, 1000, (1024,), dtype=torch.int32, generator=generator)
 FIRST = NUMBERS[:128]
 CHUNKS = NUMBERS[:512]
+PARTS = torch.arange(4, dtype=torch.int32).unsqueeze(1) + torch.arange(128, dtype=torch.int32)
 KEPT_OUT = torch.arange(128) == 5  # the copy that is not valid
 
 
@@ -37,6 +38,10 @@ SOUND: dict[str, tuple[Tensor, Tensor]] = {
     "sum_stages": (NUMBERS[:512], NUMBERS[:512].view(8, 64).roll(-32, 1).sum(0, dtype=torch.int32)),
     "hand_over": (FIRST[:64], FIRST[:64].flip(0)),
     "sum_blocks": (FIRST[:1], torch.tensor([36, *range(1, 9), 0], dtype=torch.int32)),
+    "sum_parts": (
+        FIRST[:1],
+        torch.cat([PARTS.sum(0, dtype=torch.int32), PARTS.flatten(), torch.zeros_like(FIRST[:1])]),
+    ),
     "plain": (FIRST, FIRST),
 }
 
@@ -104,6 +109,7 @@ FAULTS = [
     ("sum_blocks", 1, "wrong"),  # trusts that the last block comes last
     ("sum_blocks", 2, "no end"),  # waits for other blocks
     ("sum_blocks", 3, "no __threadfence"),
+    ("sum_parts", 1, "wrong"),  # no barrier before the block counts itself
     ("plain", 1, "wrong"),  # reads a variable before it is written
     ("plain", 2, "faults.cu"),  # index
     ("plain", 3, "is shifted by"),

@@ -164,6 +164,22 @@ __global__ void sum_blocks(int* out, int* parts, int* counter, int fault) {
   *counter = 0;
 }
 
+// out[thread] = the sum of parts [block][thread], which every thread of every block leaves.
+__global__ void sum_parts(int* out, int* parts, int* counter, int fault) {
+  int* last = reinterpret_cast<int*>(shared_memory());
+  const int i = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
+  parts[static_cast<int>(blockIdx.x) * kThreads + i] = static_cast<int>(blockIdx.x) + i;
+  __threadfence();
+  if (fault != 1) __syncthreads();
+  if (i == 0) *last = atomicAdd(counter, 1) == blocks - 1;
+  __syncthreads();
+  if (*last == 0) return;
+  int sum = 0;
+  for (int block = 0; block < blocks; ++block) sum += parts[block * kThreads + (i ^ 64)];
+  out[i ^ 64] = sum;
+  if (i == 0) *counter = 0;
+}
+
 // What the compiler's checks find. out[i] = in[i].
 __global__ void plain(const int* in, int* out, int fault) {
   const int i = static_cast<int>(threadIdx.x);
@@ -198,6 +214,9 @@ Status run_faulty(const char* kernel, int fault, const void* in, void* out) {
   if (is("hand_over")) return launch<&hand_over>(dim3(1), kThreads, 256, place, numbers, results, fault);
   if (is("sum_blocks")) {  // out: the sum, 8 parts, the counter
     return launch<&sum_blocks>(dim3(8), 32, 4, place, results, results + 1, results + 9, fault);
+  }
+  if (is("sum_parts")) {  // out: the sums, 4 times as many parts, the counter
+    return launch<&sum_parts>(dim3(4), kThreads, 4, place, results, results + kThreads, results + 5 * kThreads, fault);
   }
   if (is("plain")) return launch<&plain>(dim3(1), kThreads, 0, place, numbers, results, fault);
   return run_faulty_tiles(kernel, fault, in, out);

@@ -130,6 +130,7 @@ struct Fiber {
   Context context;
   const char* waiting = nullptr;
   bool done = false;
+  bool slow = false;
 };
 
 struct Scheduler {
@@ -140,7 +141,12 @@ struct Scheduler {
   int left = 0;
   Context main;
   jmp_buf failed;
-  int ready[kMostFibers] = {};  // random order: who can run
+  // Random order: who can run. Half of the time some are slow, alone or in groups: they run when no other one can, and
+  // now and then. What a fiber does then comes long after its like, which without this is rare.
+  int ready[2][kMostFibers] = {};
+  int ready_of[2] = {};    // how many; [1]: the slow ones
+  uint32_t slow_in = 1;    // a slow one runs once in this many times that another one can
+  int64_t until_slow = 0;  // times until others are slow
   int ready_count = 0;
   uint64_t ready_bits[kMostFibers / 64] = {};  // the other orders: the same as a set
   Order order = Order::random;
@@ -151,21 +157,39 @@ struct Scheduler {
 char signal_stack[64 * 1024];
 
 void push(int fiber) {
-  if (scheduler.order == Order::random) {
-    scheduler.ready[scheduler.ready_count] = fiber;
+  Scheduler& s = scheduler;
+  if (s.order == Order::random) {
+    const int slow = s.fibers[fiber].slow ? 1 : 0;
+    s.ready[slow][s.ready_of[slow]++] = fiber;
   } else {
-    scheduler.ready_bits[fiber / 64] |= uint64_t{1} << (fiber % 64);
+    s.ready_bits[fiber / 64] |= uint64_t{1} << (fiber % 64);
   }
-  ++scheduler.ready_count;
+  ++s.ready_count;
+}
+
+void choose_slow() {
+  Scheduler& s = scheduler;
+  constexpr int kGroups[] = {0, 0, 1, 32, 32, 128};
+  const int group = s.order == Order::random ? kGroups[random_below(6)] : 0;
+  s.slow_in = 16U << 4 * random_below(3);
+  s.until_slow = int64_t{64} << random_below(11);
+  bool slow = false;
+  for (int i = 0; i < s.count; ++i) {
+    if (group != 0 && i % group == 0) slow = random_below(4) == 0;
+    s.fibers[i].slow = slow;
+  }
 }
 
 int pop() {
   Scheduler& s = scheduler;
   --s.ready_count;
   if (s.order == Order::random) {
-    const uint32_t at = random_below(static_cast<uint32_t>(s.ready_count) + 1);
-    const int fiber = s.ready[at];
-    s.ready[at] = s.ready[s.ready_count];
+    if (--s.until_slow < 0) choose_slow();
+    const int slow = s.ready_of[0] == 0 || (s.ready_of[1] != 0 && random_below(s.slow_in) == 0) ? 1 : 0;
+    int* ready = s.ready[slow];
+    const uint32_t at = random_below(static_cast<uint32_t>(s.ready_of[slow]));
+    const int fiber = ready[at];
+    ready[at] = ready[--s.ready_of[slow]];
     return fiber;
   }
   constexpr int kWords = kMostFibers / 64;
@@ -209,8 +233,12 @@ void set_error(int fiber, const char* message) {
 }
 
 int next_ready() {
+  const auto can_happen = [] { return scheduler.hooks.idle != nullptr && scheduler.hooks.idle(); };
+  // What goes on beside the fibers is not slow.
+  while (scheduler.ready_of[0] == 0 && scheduler.ready_of[1] != 0 && can_happen()) {
+  }
   while (scheduler.ready_count == 0) {
-    if (scheduler.hooks.idle == nullptr || !scheduler.hooks.idle()) deadlock();
+    if (!can_happen()) deadlock();
   }
   return pop();
 }
@@ -317,7 +345,8 @@ bool run(int count, const Hooks& hooks) {
   Scheduler& s = scheduler;
   s.hooks = hooks;
   s.count = s.left = count;
-  s.ready_count = 0;
+  s.ready_count = s.ready_of[0] = s.ready_of[1] = 0;
+  choose_slow();
   std::fill(std::begin(s.ready_bits), std::end(s.ready_bits), 0);
   s.error[0] = 0;
   if (count == 0) return true;
