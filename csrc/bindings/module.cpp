@@ -40,9 +40,9 @@ namespace {
 
 void quantize_4bit(Address x, int dtype, int64_t count, int64_t block_size, Address codebook, int search,
                    Address importance, int64_t columns, Address packed, Address absmax, int threads) {
-  run(&KernelTable::quantize_4bit,
-      with_threads(quantize_4bit_args(x, dtype, count, block_size, codebook, search, importance, columns, packed, absmax),
-                   threads));
+  run(&KernelTable::quantize_4bit, with_threads(quantize_4bit_args(x, dtype, count, block_size, codebook, search,
+                                                                   importance, columns, packed, absmax),
+                                                threads));
 }
 
 void dequantize_4bit(Address packed, Address absmax, Address nested_absmax, Address nested_map, Address offset,
@@ -123,7 +123,8 @@ PyObject* linear(const WeightHandle& handle, Integers integers) {
 }
 
 PyMethodDef kLinearMethods[] = {
-    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_linear<&linear, kLinearArguments>)), METH_FASTCALL, kLinearDoc},
+    {"linear", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(call_linear<&linear, kLinearArguments>)),
+     METH_FASTCALL, kLinearDoc},
     {nullptr, nullptr, 0, nullptr}};
 
 py::dict explain_linear(int64_t rows, int64_t cols, int64_t m, int dtype, bool int8, bool grad_input, int compute,

@@ -18,7 +18,8 @@ constexpr const char* kDequantize = "dequantize + matmul";
 
 Choice choose_linear(const LinearArgs& args, const Device& device);
 
-// As for the CPU (cpu/choose.h): for tests and benches; empty: none; at first the environment's NYBBLE_FORCE_CUDA_KERNEL.
+// As for the CPU (cpu/choose.h): for tests and benches; empty: none; at first the environment's
+// NYBBLE_FORCE_CUDA_KERNEL.
 std::string forced_kernel();
 bool force_kernel(const std::string& name);
 std::string kernel_names();

@@ -8,8 +8,8 @@ namespace nybble::cuda {
 
 // A tile of 16-bit elements for wgmma lies in shared memory as atoms of 8 lines of 128 bytes, 1024-byte aligned, their
 // 16-byte chunks swizzled: chunk c of line l of an atom is at l * 128 + (c ^ l) * 16. What is contiguous in a line is
-// either k ("K-major": a line is a row of A or a column of B, 64 k long) or the row or column itself ("MN-major": a line
-// is one k, 64 rows or columns long).
+// either k ("K-major": a line is a row of A or a column of B, 64 k long) or the row or column itself ("MN-major": a
+// line is one k, 64 rows or columns long).
 __device__ __forceinline__ uint32_t swizzled(uint32_t line, uint32_t chunk) {
   return line * 128 + ((chunk ^ (line & 7)) << 4);
 }
@@ -62,9 +62,9 @@ __device__ __forceinline__ void fewer_registers() {
 #endif
 }
 
-#define NYBBLE_TEN(tens)                                                                                          \
-  "%" tens "0, %" tens "1, %" tens "2, %" tens "3, %" tens "4, %" tens "5, %" tens "6, %" tens "7, %" tens "8, %" \
-  tens "9, "
+#define NYBBLE_TEN(tens)                                                                                               \
+  "%" tens "0, %" tens "1, %" tens "2, %" tens "3, %" tens "4, %" tens "5, %" tens "6, %" tens "7, %" tens "8, %" tens \
+  "9, "
 #define NYBBLE_D2(i) "+f"(d[i]), "+f"(d[(i) + 1])
 #define NYBBLE_D8(i) NYBBLE_D2(i), NYBBLE_D2((i) + 2), NYBBLE_D2((i) + 4), NYBBLE_D2((i) + 6)
 #define NYBBLE_D16(i) NYBBLE_D8(i), NYBBLE_D8((i) + 8)
@@ -73,33 +73,34 @@ __device__ __forceinline__ void fewer_registers() {
 #define NYBBLE_D128(i) NYBBLE_D64(i), NYBBLE_D64((i) + 64)
 
 // `list`: "%0, ... %{count - 1}"; a, b, accumulate, AMajor, BMajor are the operands after those.
-#define NYBBLE_WGMMA(n, count, type, list, a_, b_, acc_, am_, bm_)                                                 \
-  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " acc_ ", 0;\n"                                 \
-               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" list "}, " a_ ", " b_            \
-               ", accumulate, 1, 1, " am_ ", " bm_ ";\n}\n"                                                        \
-               : NYBBLE_D##count(0)                                                                                \
+#define NYBBLE_WGMMA(n, count, type, list, a_, b_, acc_, am_, bm_)                                       \
+  asm volatile("{\n.reg .pred accumulate;\nsetp.ne.b32 accumulate, " acc_                                \
+               ", 0;\n"                                                                                  \
+               "wgmma.mma_async.sync.aligned.m64n" n "k16.f32." type "." type " {" list "}, " a_ ", " b_ \
+               ", accumulate, 1, 1, " am_ ", " bm_ ";\n}\n"                                              \
+               : NYBBLE_D##count(0)                                                                      \
                : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)), "n"(AMajor), "n"(BMajor))
 
-#define NYBBLE_WGMMA_TYPE(type)                                                                                    \
-  if constexpr (Count == 8) {                                                                                      \
-    NYBBLE_WGMMA("16", 8, type, "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", "%12");                \
-  } else if constexpr (Count == 16) {                                                                              \
+#define NYBBLE_WGMMA_TYPE(type)                                                                                     \
+  if constexpr (Count == 8) {                                                                                       \
+    NYBBLE_WGMMA("16", 8, type, "%0, %1, %2, %3, %4, %5, %6, %7", "%8", "%9", "%10", "%11", "%12");                 \
+  } else if constexpr (Count == 16) {                                                                               \
     NYBBLE_WGMMA("32", 16, type, NYBBLE_TEN("") "%10, %11, %12, %13, %14, %15", "%16", "%17", "%18", "%19", "%20"); \
-  } else if constexpr (Count == 32) {                                                                              \
-    NYBBLE_WGMMA("64", 32, type, NYBBLE_TEN("") NYBBLE_TEN("1") NYBBLE_TEN("2") "%30, %31", "%32", "%33", "%34",   \
-                 "%35", "%36");                                                                                    \
-  } else if constexpr (Count == 64) {                                                                              \
-    NYBBLE_WGMMA("128", 64, type,                                                                                  \
-                 NYBBLE_TEN("") NYBBLE_TEN("1") NYBBLE_TEN("2") NYBBLE_TEN("3") NYBBLE_TEN("4")                    \
-                     NYBBLE_TEN("5") "%60, %61, %62, %63",                                                         \
-                 "%64", "%65", "%66", "%67", "%68");                                                               \
-  } else {                                                                                                         \
-    static_assert(Count == 128, "columns of a wgmma: 16, 32, 64, 128 or 256");                                     \
-    NYBBLE_WGMMA("256", 128, type,                                                                                 \
-                 NYBBLE_TEN("") NYBBLE_TEN("1") NYBBLE_TEN("2") NYBBLE_TEN("3") NYBBLE_TEN("4") NYBBLE_TEN("5")    \
-                     NYBBLE_TEN("6") NYBBLE_TEN("7") NYBBLE_TEN("8") NYBBLE_TEN("9") NYBBLE_TEN("10")              \
-                         NYBBLE_TEN("11") "%120, %121, %122, %123, %124, %125, %126, %127",                        \
-                 "%128", "%129", "%130", "%131", "%132");                                                          \
+  } else if constexpr (Count == 32) {                                                                               \
+    NYBBLE_WGMMA("64", 32, type, NYBBLE_TEN("") NYBBLE_TEN("1") NYBBLE_TEN("2") "%30, %31", "%32", "%33", "%34",    \
+                 "%35", "%36");                                                                                     \
+  } else if constexpr (Count == 64) {                                                                               \
+    NYBBLE_WGMMA("128", 64, type,                                                                                   \
+                 NYBBLE_TEN("") NYBBLE_TEN("1") NYBBLE_TEN("2") NYBBLE_TEN("3") NYBBLE_TEN("4")                     \
+                     NYBBLE_TEN("5") "%60, %61, %62, %63",                                                          \
+                 "%64", "%65", "%66", "%67", "%68");                                                                \
+  } else {                                                                                                          \
+    static_assert(Count == 128, "columns of a wgmma: 16, 32, 64, 128 or 256");                                      \
+    NYBBLE_WGMMA("256", 128, type,                                                                                  \
+                 NYBBLE_TEN("") NYBBLE_TEN("1") NYBBLE_TEN("2") NYBBLE_TEN("3") NYBBLE_TEN("4") NYBBLE_TEN("5")     \
+                     NYBBLE_TEN("6") NYBBLE_TEN("7") NYBBLE_TEN("8") NYBBLE_TEN("9") NYBBLE_TEN("10")               \
+                         NYBBLE_TEN("11") "%120, %121, %122, %123, %124, %125, %126, %127",                         \
+                 "%128", "%129", "%130", "%131", "%132");                                                           \
   }
 
 // d[64, N] = a[64, 16] b[16, N] + (accumulate ? d : 0), asynchronously, for N = 16, 32, 64, 128 or 256. AMajor and
