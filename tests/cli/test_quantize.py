@@ -70,6 +70,7 @@ def test_options_reach_the_file_and_the_table_is_printed(nybble: Run, source: Pa
     block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["nybble"]
     assert block == {
         "format": "fp4", "block_size": 128, "double_quant": False, "search": "mse", "compute": None,
+        "outlier_threshold": None,
         "skip": ["lm_head", "fc2"], "include": [], "overrides": {},
     }  # fmt: skip
     assert (tmp_path / "report.json").is_file() and (tmp_path / "report.png").is_file()
