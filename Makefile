@@ -16,7 +16,7 @@ ARM_ROOT ?= /usr/aarch64-linux-gnu
 QEMU ?= $(shell command -v qemu-aarch64 || command -v qemu-aarch64-static)
 
 .PHONY: help demo test test-cpp test-sanitize test-arm check format docs gallery bench bench-checkpoints bench-fidelity \
-	bench-training bench-generation bench-planning bench-cuda gpu-check cuda-report wheel clean
+	bench-training bench-generation bench-planning bench-cuda gpu-check cuda-report metal-counts wheel clean
 help:
 	@echo "make demo           quantize, fine-tune and compare a real model (about 5 minutes on two cores)"
 	@echo "make test           the test suite, under every instruction set of this machine"
@@ -35,6 +35,7 @@ help:
 	@echo "make bench-cuda     the kernels for NVIDIA GPUs beside cuBLAS and bitsandbytes (a GPU; about 2 minutes)"
 	@echo "make gpu-check      build, tests, sanitizer and benches on a GPU machine, in one table (less than 10 minutes)"
 	@echo "make cuda-report    registers, spills, instructions, compile times and sizes of the CUDA kernels (nvcc, no GPU)"
+	@echo "make metal-counts   bytes and operations of the Metal kernels, counted on the host (no Mac; less than a minute)"
 	@echo "make wheel          dist/nybble-*.whl"
 
 # One environment, where the package is built once; each further set of packages is a stamp of its own, so that demo does
@@ -156,6 +157,9 @@ gpu-check:
 
 cuda-report: $(VENV)/.base
 	$(BIN)/python tools/cuda_report.py --wheels $(REPORT_ARGS)
+
+metal-counts: $(VENV)/.base
+	$(BIN)/python bench/metal_counts.py
 
 wheel: $(VENV)/.base
 	$(PIP) wheel -q --no-deps -c constraints.txt -w dist .

@@ -120,10 +120,10 @@ def _cached(name: str, key: bytes, make: list[str], inputs: str | None = None) -
     return target
 
 
-def runner() -> list[Path]:
+def runner(*more: str) -> list[Path]:
     """The objects that every library is linked with."""
     objects = []
-    for name in _RUNNER:
+    for name in (*_RUNNER, *more):
         path = TESTS / "shim" / name
         command = [
             compiler(),
@@ -150,6 +150,17 @@ def library(source: str, optimization: str = "-O1") -> Path:
     kernels = _cached("kernels.o", text.encode(), [compiler(), *flags, "-c", "IN", "-o", "OUT"], text)
     objects = [str(path) for path in (kernels, *runner())]
     return _cached("library.so", kernels.name.encode(), [compiler(), "-shared", *objects, "-o", "OUT"])
+
+
+def counting_library(source: str) -> Path:
+    """The same, which counts what kernels do instead of checking them (counts.cpp), for half only."""
+    source = re.sub(r"^\w+\((?:float|bfloat)\)$", "", source, flags=re.M)
+    text = re.sub(r"\bfloat(4?)\b", r"counted\1", transformed(source))
+    text = text.replace("using namespace metal;", '#include "shim/metal/counted.h"\nusing namespace metal;', 1)
+    flags = [*_FLAGS, *_machine_flags(), *_KERNEL_FLAGS, "-fsanitize=thread", "-O1", *_INCLUDES]
+    kernels = _cached("counting.o", text.encode(), [compiler(), *flags, "-c", "IN", "-o", "OUT"], text)
+    objects = [str(path) for path in (kernels, *runner("metal/counts.cpp"))]
+    return _cached("counting.so", kernels.name.encode(), [compiler(), "-shared", *objects, "-o", "OUT"])
 
 
 def check_space(source: str, space: str) -> None:

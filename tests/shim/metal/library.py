@@ -124,7 +124,10 @@ class Library:
     def __init__(self, source: str, optimization: str = "-O1") -> None:
         if not source.isascii():
             raise ValueError("Metal text is plain ASCII")
-        self._shared = ctypes.CDLL(str(library(source, optimization)))
+        self._load(str(library(source, optimization)))
+
+    def _load(self, path: str) -> None:
+        self._shared = ctypes.CDLL(path)
         self._shared.shim_kernel_name.restype = ctypes.c_char_p
         self._shared.shim_launch.restype = ctypes.c_char_p
         self._shared.shim_launch.argtypes = [

@@ -110,6 +110,7 @@ struct Grid {
   size_t array_bytes[kMostArrays] = {};
   int array_count = 0;
   Guarded buffers[kMostBuffers];
+  uint64_t groups_run = 0;
 } grid;
 
 std::vector<Kernel>& kernels() {
@@ -160,6 +161,7 @@ void meet(Meeting& meeting, int members, const char* what, Finish finish) {
 void body(int) { grid.kernel->call(grid.kernel->function, grid.arguments); }
 
 bool run_group() {
+  ++grid.groups_run;
   fibers::Hooks hooks;
   hooks.body = body;
   hooks.name = describe;
@@ -271,6 +273,25 @@ Slot* exchange(const char* what, const Slot& mine, void (*finish)(Slot*)) {
 void barrier(const char* what) {
   meet(grid.all, thread_count(), what, [] {});
 }
+
+Place place_of(const void* address) {
+  const char* at = static_cast<const char*>(address);
+  const auto within = [at](const Guarded& memory) {
+    return at >= memory.start() && at < memory.start() + memory.bytes();
+  };
+  for (int i = 0; i < grid.array_count; ++i) {
+    if (within(grid.arrays[i])) {
+      return {-1, i, static_cast<size_t>(at - grid.arrays[i].start()), grid.array_bytes[i]};
+    }
+  }
+  for (int i = 0; i < kMostBuffers; ++i) {
+    if (within(grid.buffers[i])) {
+      return {i, -1, static_cast<size_t>(at - grid.buffers[i].start()), grid.buffers[i].bytes()};
+    }
+  }
+  return {};
+}
+uint64_t groups_run() { return grid.groups_run; }
 
 void* threadgroup_array(size_t bytes) {
   const int number = grid.thread[fibers::current].arrays++;

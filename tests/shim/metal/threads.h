@@ -33,6 +33,16 @@ void* threadgroup_array(size_t bytes);
 
 [[noreturn]] void fail(const char* message);
 
+// Where an address lies, for what counts accesses (counts.cpp).
+struct Place {
+  int buffer = -1;    // of the launch; -1: none
+  int array = -1;     // of threadgroup memory; -1: none
+  size_t offset = 0;  // from the start
+  size_t extent = 0;  // bytes of the whole
+};
+Place place_of(const void* address);
+uint64_t groups_run();  // threadgroups begun since the library was loaded: tells one from another
+
 // ---- kernels
 // ---------------------------------------------------------------------------------------------------------
 
