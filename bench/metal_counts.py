@@ -149,7 +149,7 @@ def row(case: Case, figures: Figures, once: int) -> str:
 
 
 def main() -> None:
-    mps.compile_shader, mps._missing = counts.compile_shader, lambda: ""  # type: ignore[assignment]
+    mps.compile_shader, mps._missing = counts.compile_shader, lambda: ""  # stand-ins
     torch.manual_seed(0)
     print(f"Weight {N} x {K}; bytes in MB, operations in millions, times in microseconds: PREDICTED lower bounds")
     print(SOURCES)
