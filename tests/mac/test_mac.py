@@ -22,8 +22,8 @@ from nybble.training.optim import AdamW, clip_scale
 TESTS = Path(__file__).resolve().parents[1]
 sys.path += [str(TESTS / "kernels"), str(TESTS / "metal")]
 
-from bounds import assert_within_bound, rounds_weight  # noqa: E402
-from problems import DTYPES, FORMATS, Problem, make, values  # noqa: E402
+from bounds import assert_within_bound, rounds_weight  # noqa: E402  (their folders are on the path only now)
+from problems import DTYPES, FORMATS, Problem, make, values  # noqa: E402  (likewise)
 
 if torch.backends.mps.is_available():
     MISSING = backend.missing(torch.device("mps"))
