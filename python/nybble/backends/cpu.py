@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -10,8 +9,9 @@ from torch import Tensor
 
 from .. import _core, reference  # after torch: the core shares its OpenMP runtime
 from ..errors import LayoutError
-from ..formats import NESTED_BLOCK_SIZE, check_block_size, dynamic_map
-from .addresses import DTYPE_CODES, SEARCHES, address_of, contiguous_values, linear_operands, new_output
+from ..formats import NESTED_BLOCK_SIZE, dynamic_map
+from . import codec
+from .addresses import DTYPE_CODES, SEARCHES, address_of, linear_operands, new_output
 from .weight import PackedWeight, decoded_columns, handle_of
 
 #: Said wherever memory is made: a caller's torch.device context or default device must not decide.
@@ -27,19 +27,12 @@ def quantize_4bit(
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `nybble.reference.quantize_4bit`."""
-    reference.check_float(x, name)
-    check_block_size(block_size)
-    reference.check_codebook(codebook, 16, x.device)
-    reference.check_search(search, importance, x)
-    x, codebook = contiguous_values(x), codebook.contiguous()
-    n = x.numel()
-    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=_CPU)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=_CPU)
+    x, codebook, packed, absmax = codec.quantize_4bit_tensors(x, codebook, block_size, search, name, importance)
     try:
         _core.quantize_4bit(
             x.data_ptr(),
             DTYPE_CODES[x.dtype],
-            n,
+            x.numel(),
             block_size,
             codebook.data_ptr(),
             SEARCHES[search],
@@ -59,14 +52,7 @@ def dequantize_4bit(
     packed: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """See `nybble.reference.dequantize_4bit`."""
-    check_block_size(block_size)
-    reference.check_codebook(codebook, 16, packed.device)
-    reference.check_output_dtype(dtype)
-    n = math.prod(shape)
-    reference.check_packed(packed, absmax, block_size, n)
-    weight = PackedWeight(
-        packed.contiguous(), absmax.contiguous(), codebook.contiguous(), None, None, None, 1, n, block_size, 1
-    )
+    weight = codec.flat_weight(packed, absmax, codebook, block_size, shape, dtype)
     return dequantize(weight, dtype).reshape(tuple(shape))
 
 
@@ -75,15 +61,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, *, out: Tensor | None =
 
     Written to `out` if that is given (see `nybble.reference.check_out`), which is then returned.
     """
-    weight.check()
-    reference.check_output_dtype(dtype)
-    shape = (weight.out_features, weight.in_features)
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=_CPU)
-    else:
-        reference.check_out(out, shape, dtype, _CPU)
-        if not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # as any write by torch does, so that autograd can tell
+    out = codec.dequantized(weight, dtype, out)
     if weight.codebook is None:
         _core.dequantize_int8(
             weight.packed.data_ptr(),
@@ -128,12 +106,7 @@ def nested_dequantize(
 
 def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> tuple[Tensor, Tensor]:
     """See `nybble.reference.quantize_8bit`."""
-    reference.check_float(x, name)
-    check_block_size(block_size)
-    reference.check_codebook(code, 256, x.device)
-    x, code = contiguous_values(x), code.contiguous()
-    q = torch.empty(x.shape, dtype=torch.uint8, device=_CPU)
-    absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32, device=_CPU)
+    x, code, q, absmax = codec.quantize_8bit_tensors(x, code, block_size, name)
     try:
         _core.quantize_8bit(
             x.data_ptr(),
@@ -153,12 +126,7 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> 
 
 def dequantize_8bit(q: Tensor, absmax: Tensor, code: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """See `nybble.reference.dequantize_8bit`."""
-    check_block_size(block_size)
-    reference.check_codebook(code, 256, q.device)
-    reference.check_8bit(q, absmax, block_size)
-    reference.check_output_dtype(dtype)
-    q, absmax, code = q.contiguous(), absmax.contiguous(), code.contiguous()
-    out = torch.empty(q.shape, dtype=dtype, device=_CPU)
+    q, absmax, code, out = codec.dequantize_8bit_tensors(q, absmax, code, block_size, dtype)
     _core.dequantize_8bit(
         q.data_ptr(),
         absmax.data_ptr(),
@@ -174,13 +142,8 @@ def dequantize_8bit(q: Tensor, absmax: Tensor, code: Tensor, block_size: int, dt
 
 def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
     """See `nybble.reference.quantize_int8`."""
-    reference.check_float(x, name)
-    if x.dim() != 2:
-        raise LayoutError(f"{name} has shape {tuple(x.shape)}; int8 quantization takes a matrix [N, K]")
-    x = contiguous_values(x)
+    x, q, scb = codec.quantize_int8_tensors(x, name)
     rows, cols = x.shape
-    q = torch.empty(rows, cols, dtype=torch.int8, device=_CPU)
-    scb = torch.empty(rows, dtype=torch.float32, device=_CPU)
     try:
         _core.quantize_int8(
             x.data_ptr(), DTYPE_CODES[x.dtype], rows, cols, q.data_ptr(), scb.data_ptr(), torch.get_num_threads()
@@ -193,11 +156,7 @@ def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(q: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
     """See `nybble.reference.dequantize_int8`."""
-    reference.check_int8(q, scb)
-    reference.check_output_dtype(dtype)
-    return dequantize(
-        PackedWeight(q.contiguous(), scb.contiguous(), None, None, None, None, q.shape[0], q.shape[1], 0, 1), dtype
-    )
+    return dequantize(codec.int8_weight(q, scb, dtype), dtype)
 
 
 def linear(

@@ -11,7 +11,7 @@ from .. import _core, reference, reference_optim
 from ..errors import LayoutError
 from ..formats import check_block_size, dynamic_map
 from ..reference_optim import AdamWRule
-from .addresses import DTYPE_CODES
+from .addresses import DTYPE_CODES, contiguous_values
 
 _M_MAP, _V_MAP = dynamic_map(True), dynamic_map(False)
 
@@ -87,7 +87,7 @@ def sum_of_squares(x: Tensor) -> float:
     Squares are added in fp32 within runs of 4096 elements and 16 columns, so 256 at a time, and in double beyond.
     """
     reference.check_float(x, "x")
-    x = x.detach().resolve_neg().contiguous()
+    x = contiguous_values(x.detach())
     sums = torch.empty(-(-x.numel() // _core.SQUARES_RUN), dtype=torch.float64, device="cpu")
     _core.sum_of_squares(x.data_ptr(), DTYPE_CODES[x.dtype], x.numel(), sums.data_ptr(), torch.get_num_threads())
     return math.fsum(sums.tolist()) if bool(torch.isfinite(sums).all()) else float(sums.sum())
@@ -101,4 +101,4 @@ def _prepared(param: Tensor, grad: Tensor) -> Tensor:
         )
     if not param.is_inference():
         torch.autograd.graph.increment_version(param)
-    return grad if grad.is_contiguous() and not grad.is_neg() else grad.detach().resolve_neg().contiguous()
+    return contiguous_values(grad)

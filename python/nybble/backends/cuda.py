@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
@@ -18,9 +17,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..errors import LayoutError
-from ..formats import NESTED_BLOCK_SIZE, check_block_size, dynamic_map
-from .addresses import DTYPE_CODES, SEARCHES, address_of, contiguous_values, linear_operands, new_output
+from ..formats import NESTED_BLOCK_SIZE, dynamic_map
+from . import codec
+from .addresses import DTYPE_CODES, SEARCHES, address_of, linear_operands, new_output
 from .weight import PackedWeight, handle_of
 
 __all__ = [
@@ -152,21 +151,14 @@ def quantize_4bit(
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `nybble.reference.quantize_4bit`. Waits for the GPU; while a graph is captured nothing tells of a NaN."""
-    reference.check_float(x, name)
-    check_block_size(block_size)
-    reference.check_codebook(codebook, 16, x.device)
-    reference.check_search(search, importance, x)
-    x, codebook = contiguous_values(x), codebook.contiguous()
-    n = x.numel()
-    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
+    x, codebook, packed, absmax = codec.quantize_4bit_tensors(x, codebook, block_size, search, name, importance)
     columns = 0 if importance is None else importance.numel()
     _checked(
         x.device,
         lambda failed, index, stream: core().quantize_4bit(
             x.data_ptr(),
             DTYPE_CODES[x.dtype],
-            n,
+            x.numel(),
             block_size,
             codebook.data_ptr(),
             SEARCHES[search],
@@ -187,14 +179,7 @@ def dequantize_4bit(
     packed: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """See `nybble.reference.dequantize_4bit`."""
-    check_block_size(block_size)
-    reference.check_codebook(codebook, 16, packed.device)
-    reference.check_output_dtype(dtype)
-    n = math.prod(shape)
-    reference.check_packed(packed, absmax, block_size, n)
-    weight = PackedWeight(
-        packed.contiguous(), absmax.contiguous(), codebook.contiguous(), None, None, None, 1, n, block_size, 1
-    )
+    weight = codec.flat_weight(packed, absmax, codebook, block_size, shape, dtype)
     return dequantize(weight, dtype).reshape(tuple(shape))
 
 
@@ -203,16 +188,8 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, *, out: Tensor | None =
 
     Written to `out` if that is given (see `nybble.reference.check_out`), which is then returned.
     """
-    weight.check()
-    reference.check_output_dtype(dtype)
-    shape, device = (weight.out_features, weight.in_features), weight.packed.device
-    if out is None:
-        out = torch.empty(shape, dtype=dtype, device=device)
-    else:
-        reference.check_out(out, shape, dtype, device)
-        if not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # as any write by torch does, so that autograd can tell
-    index, stream = place(device)
+    out = codec.dequantized(weight, dtype, out)
+    index, stream = place(out.device)
     if weight.codebook is None:
         core().dequantize_int8(
             weight.packed.data_ptr(),
@@ -260,12 +237,7 @@ def nested_dequantize(
 
 def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> tuple[Tensor, Tensor]:
     """See `nybble.reference.quantize_8bit`; waits as `quantize_4bit` does."""
-    reference.check_float(x, name)
-    check_block_size(block_size)
-    reference.check_codebook(code, 256, x.device)
-    x, code = contiguous_values(x), code.contiguous()
-    q = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32, device=x.device)
+    x, code, q, absmax = codec.quantize_8bit_tensors(x, code, block_size, name)
     _checked(
         x.device,
         lambda failed, index, stream: core().quantize_8bit(
@@ -287,12 +259,7 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> 
 
 def dequantize_8bit(q: Tensor, absmax: Tensor, code: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """See `nybble.reference.dequantize_8bit`."""
-    check_block_size(block_size)
-    reference.check_codebook(code, 256, q.device)
-    reference.check_8bit(q, absmax, block_size)
-    reference.check_output_dtype(dtype)
-    q, absmax, code = q.contiguous(), absmax.contiguous(), code.contiguous()
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    q, absmax, code, out = codec.dequantize_8bit_tensors(q, absmax, code, block_size, dtype)
     core().dequantize_8bit(
         q.data_ptr(),
         absmax.data_ptr(),
@@ -308,13 +275,8 @@ def dequantize_8bit(q: Tensor, absmax: Tensor, code: Tensor, block_size: int, dt
 
 def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
     """See `nybble.reference.quantize_int8`; waits as `quantize_4bit` does."""
-    reference.check_float(x, name)
-    if x.dim() != 2:
-        raise LayoutError(f"{name} has shape {tuple(x.shape)}; int8 quantization takes a matrix [N, K]")
-    x = contiguous_values(x)
+    x, q, scb = codec.quantize_int8_tensors(x, name)
     rows, cols = x.shape
-    q = torch.empty(rows, cols, dtype=torch.int8, device=x.device)
-    scb = torch.empty(rows, dtype=torch.float32, device=x.device)
     _checked(
         x.device,
         lambda failed, index, stream: core().quantize_int8(
@@ -327,11 +289,7 @@ def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
 
 def dequantize_int8(q: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
     """See `nybble.reference.dequantize_int8`."""
-    reference.check_int8(q, scb)
-    reference.check_output_dtype(dtype)
-    return dequantize(
-        PackedWeight(q.contiguous(), scb.contiguous(), None, None, None, None, q.shape[0], q.shape[1], 0, 1), dtype
-    )
+    return dequantize(codec.int8_weight(q, scb, dtype), dtype)
 
 
 # ---- contractions ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ many scales), is computed by the CPU's kernels on a copy: memory is the same, an
 from __future__ import annotations
 
 import functools
-import math
 import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import _core, reference
-from ..errors import LayoutError
-from ..formats import NESTED_BLOCK_SIZE, check_block_size, dynamic_map
-from . import cpu
+from ..formats import NESTED_BLOCK_SIZE, dynamic_map
+from . import codec, cpu
 from .addresses import DTYPE_CODES, contiguous_rows, contiguous_values, new_output
 from .weight import BoundWeight, PackedWeight
 
@@ -98,9 +96,14 @@ def serves(device: torch.device) -> bool:
     return not missing(device)
 
 
+def _is_aligned(tensor: Tensor) -> bool:
+    """Whether kernels may load and store 16 bytes of it at once: buffers begin at pages."""
+    return tensor.storage_offset() * tensor.element_size() % 16 == 0
+
+
 def _aligned(tensor: Tensor) -> Tensor:
-    """`tensor`, or a copy of it, where kernels may load and store 16 bytes at once: buffers begin at pages."""
-    return tensor if tensor.storage_offset() * tensor.element_size() % 16 == 0 else tensor.clone()
+    """`tensor`, or a copy of it, where kernels may load 16 bytes at once."""
+    return tensor if _is_aligned(tensor) else tensor.clone()
 
 
 # ---- geometry --------------------------------------------------------------------------------------------------------
@@ -165,20 +168,13 @@ def quantize_4bit(
     importance: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `nybble.reference.quantize_4bit`. Waits for the GPU; searches run on the CPU."""
-    reference.check_float(x, name)
-    check_block_size(block_size)
-    reference.check_codebook(codebook, 16, x.device)
-    reference.check_search(search, importance, x)
+    x, codebook, packed, absmax = codec.quantize_4bit_tensors(x, codebook, block_size, search, name, importance)
     if search != "absmax":
         host = None if importance is None else importance.cpu()
         found = cpu.quantize_4bit(x.detach().cpu(), codebook.cpu(), block_size, search, name, host)
-        return found[0].to(x.device), found[1].to(x.device)
-    x, codebook = contiguous_values(x), codebook.contiguous()
-    n = x.numel()
-    packed = torch.empty((n + 1) // 2, 1, dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-n // block_size), dtype=torch.float32, device=x.device)
-    if n:
-        sizes = [n, _log2(block_size)]
+        return packed.copy_(found[0]), absmax.copy_(found[1])
+    if x.numel():
+        sizes = [x.numel(), _log2(block_size)]
         _checked(
             x.device,
             lambda failed: _quantize(
@@ -193,14 +189,7 @@ def dequantize_4bit(
     packed: Tensor, absmax: Tensor, codebook: Tensor, block_size: int, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """See `nybble.reference.dequantize_4bit`."""
-    check_block_size(block_size)
-    reference.check_codebook(codebook, 16, packed.device)
-    reference.check_output_dtype(dtype)
-    n = math.prod(shape)
-    reference.check_packed(packed, absmax, block_size, n)
-    weight = PackedWeight(
-        packed.contiguous(), absmax.contiguous(), codebook.contiguous(), None, None, None, 1, n, block_size, 1
-    )
+    weight = codec.flat_weight(packed, absmax, codebook, block_size, shape, dtype)
     return dequantize(weight, dtype).reshape(tuple(shape))
 
 
@@ -209,21 +198,15 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, *, out: Tensor | None =
 
     Written to `out` if that is given (see `nybble.reference.check_out`), which is then returned.
     """
-    weight.check()
-    reference.check_output_dtype(dtype)
-    shape, device = (weight.out_features, weight.in_features), weight.packed.device
-    if out is not None:
-        reference.check_out(out, shape, dtype, device)
-        if not out.is_inference():
-            torch.autograd.graph.increment_version(out)  # as any write by torch does, so that autograd can tell
-    result = torch.empty(shape, dtype=dtype, device=device) if out is None or _aligned(out) is not out else out
+    out = codec.dequantized(weight, dtype, out)
+    result = out if _is_aligned(out) else torch.empty_like(out)
     count = result.numel()
     if count and weight.codebook is None:
         _kernel("dequantize", f"dequantize_int8_{_NAMES[dtype]}")(
             weight.packed,
             weight.absmax,
             result,
-            list(shape),
+            [weight.out_features, weight.in_features],
             threads=weight.out_features * _DEQUANTIZE_THREADS,
             group_size=_DEQUANTIZE_THREADS,
         )
@@ -236,7 +219,7 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype, *, out: Tensor | None =
             threads=_threads(count, 8),
             group_size=_DEQUANTIZE_THREADS,
         )
-    return result if out is None or result is out else out.copy_(result)
+    return result if result is out else out.copy_(result)
 
 
 def _scales(weight: PackedWeight, unused: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -276,12 +259,7 @@ def nested_dequantize(
 
 def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> tuple[Tensor, Tensor]:
     """See `nybble.reference.quantize_8bit`; waits as `quantize_4bit` does."""
-    reference.check_float(x, name)
-    check_block_size(block_size)
-    reference.check_codebook(code, 256, x.device)
-    x, code = contiguous_values(x), code.contiguous()
-    q = torch.empty(x.shape, dtype=torch.uint8, device=x.device)
-    absmax = torch.empty(-(-x.numel() // block_size), dtype=torch.float32, device=x.device)
+    x, code, q, absmax = codec.quantize_8bit_tensors(x, code, block_size, name)
     if x.numel():
         sizes = [x.numel(), _log2(block_size)]
         _checked(
@@ -294,15 +272,10 @@ def quantize_8bit(x: Tensor, code: Tensor, block_size: int, name: str = "x") -> 
 
 def dequantize_8bit(q: Tensor, absmax: Tensor, code: Tensor, block_size: int, dtype: torch.dtype) -> Tensor:
     """See `nybble.reference.dequantize_8bit`."""
-    check_block_size(block_size)
-    reference.check_codebook(code, 256, q.device)
-    reference.check_8bit(q, absmax, block_size)
-    reference.check_output_dtype(dtype)
-    q, absmax, code = _aligned(q.contiguous()), absmax.contiguous(), code.contiguous()
-    out = torch.empty(q.shape, dtype=dtype, device=q.device)
+    q, absmax, code, out = codec.dequantize_8bit_tensors(q, absmax, code, block_size, dtype)
     if out.numel():
         _kernel("dequantize", f"dequantize_8bit_{_NAMES[dtype]}")(
-            q,
+            _aligned(q),
             absmax,
             code,
             out,
@@ -315,29 +288,22 @@ def dequantize_8bit(q: Tensor, absmax: Tensor, code: Tensor, block_size: int, dt
 
 def quantize_int8(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor]:
     """See `nybble.reference.quantize_int8`; waits as `quantize_4bit` does."""
-    reference.check_float(x, name)
-    if x.dim() != 2:
-        raise LayoutError(f"{name} has shape {tuple(x.shape)}; int8 quantization takes a matrix [N, K]")
-    x = contiguous_values(x)
+    x, q, scb = codec.quantize_int8_tensors(x, name)
     rows, cols = x.shape
-    q = torch.empty(rows, cols, dtype=torch.int8, device=x.device)
-    scb = torch.zeros(rows, dtype=torch.float32, device=x.device)
     if x.numel():
         _checked(
             x.device,
             lambda failed: _quantize("quantize_int8", x.dtype, rows, x, q, scb, failed, [rows, cols]),
             lambda: reference.quantize_int8(x, name),
         )
+    else:
+        scb.zero_()
     return q, scb
 
 
 def dequantize_int8(q: Tensor, scb: Tensor, dtype: torch.dtype) -> Tensor:
     """See `nybble.reference.dequantize_int8`."""
-    reference.check_int8(q, scb)
-    reference.check_output_dtype(dtype)
-    return dequantize(
-        PackedWeight(q.contiguous(), scb.contiguous(), None, None, None, None, q.shape[0], q.shape[1], 0, 1), dtype
-    )
+    return dequantize(codec.int8_weight(q, scb, dtype), dtype)
 
 
 def round_feedback(target: Tensor, factor: Tensor, absmax: Tensor, *args: Any, **kwargs: Any) -> Tensor:
