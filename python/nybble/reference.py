@@ -16,8 +16,54 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .errors import FormatError, LayoutError, NonFiniteError, UnsupportedDtypeError
+from .errors import LayoutError, NonFiniteError
 from .formats import NESTED_BLOCK_SIZE, check_block_size, dynamic_map
+from .reference_checks import (
+    check_8bit,
+    check_codebook,
+    check_finite,
+    check_float,
+    check_int8,
+    check_out,
+    check_output_dtype,
+    check_packed,
+    check_search,
+)
+from .reference_rounding import check_rounding, round_descent, round_feedback
+
+__all__ = [
+    "MIN_ABSMAX",
+    "MSE_FACTORS",
+    "block_absmax",
+    "check_8bit",
+    "check_codebook",
+    "check_finite",
+    "check_float",
+    "check_int8",
+    "check_out",
+    "check_output_dtype",
+    "check_packed",
+    "check_rounding",
+    "check_search",
+    "dequantize_4bit",
+    "dequantize_8bit",
+    "dequantize_int8",
+    "grad_input",
+    "linear",
+    "linear_int8_activations",
+    "mse_scales",
+    "nested_dequantize",
+    "nested_offset",
+    "nested_quantize",
+    "outlier_columns",
+    "pick_codes",
+    "quantize_4bit",
+    "quantize_8bit",
+    "quantize_int8",
+    "round_descent",
+    "round_feedback",
+    "to_blocks",
+]
 
 #: The smallest scale that is stored: keeps 1/absmax finite in fp32, so an all-zero block needs no special case.
 MIN_ABSMAX = 1e-38
@@ -27,32 +73,6 @@ _SERIAL_MEAN = 32768
 
 #: Factors of absmax that `search="mse"` tries, in this order (the first of equals wins).
 MSE_FACTORS: tuple[float, ...] = tuple(0.5 + i / 64 for i in range(32, -1, -1))
-
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-
-
-def check_float(x: Tensor, name: str) -> Tensor:
-    """Returns `x` if it is fp32, fp16 or bf16; raises UnsupportedDtypeError otherwise."""
-    if x.dtype not in _FLOATS:
-        raise UnsupportedDtypeError(f"{name} has dtype {x.dtype}; float32, float16 and bfloat16 are supported")
-    return x
-
-
-def check_finite(x: Tensor, block_size: int, name: str, unit: str = "block") -> None:
-    """Raises NonFiniteError naming the tensor and the first offending block if `x` (any shape) holds NaN or Inf."""
-    flat = x.reshape(-1)
-    bad = ~torch.isfinite(flat)
-    count = int(bad.sum())
-    if count:
-        index = int(bad.to(torch.uint8).argmax())
-        block = index // block_size
-        raise NonFiniteError(
-            name,
-            index,
-            count,
-            f"{count} of {flat.numel()} values are not finite; the first is {flat[index].item()} at flat index {index} "
-            f"in {unit} {block}, which starts at {block * block_size}",
-        )
 
 
 def quantize_4bit(
@@ -384,222 +404,3 @@ def mse_scales(blocks: Tensor, absmax: Tensor, codebook: Tensor, n: int, weights
         best_gain = torch.where(better, gain, best_gain)
         best_scale = torch.where(better, scale, best_scale)
     return best_scale
-
-
-def round_feedback(
-    target: Tensor,
-    factor: Tensor,
-    absmax: Tensor,
-    codebook: Tensor | None,
-    block_size: int,
-    order: Tensor | None = None,
-) -> Tensor:
-    """Codes of `target`, a column at a time, the error of each made up for by those that follow (GPTQ).
-
-    The measure is (W - Q) H (W - Q)^T for second moments H of the layer's inputs (Frantar et al. 2022, arXiv
-    2210.17323). At position p, with e = (w_p - q_p) / U_pp, every later column i becomes w_i - e U_pi.
-
-    Args:
-        target: fp32 [rows, cols].
-        factor: U, fp32 [cols, cols], upper triangular, U^T U = H^-1, both in the order of the positions.
-        absmax: fp32 scales, of the blocks of the flattened target (4 bits) or of its rows (int8).
-        codebook: fp32 [16]; None: int8.
-        block_size: of 4-bit scales.
-        order: int32 [cols]: position p is column order[p]; None: as they are.
-
-    Returns:
-        [rows, cols], uint8 indices into the codebook, or int8.
-    """
-    check_rounding(target, factor, absmax, codebook, block_size, order)
-    rows, cols = target.shape
-    positions = torch.arange(cols) if order is None else order.long()
-    rest, u = target.double()[:, positions], factor.double()
-    scales = _scale_per_element(absmax, codebook, block_size, rows, cols)[:, positions]
-    codes = torch.empty(rows, cols, dtype=torch.uint8 if codebook is not None else torch.int8)
-    for p in range(cols):
-        code = _nearest_code(rest[:, p].float(), scales[:, p], codebook)
-        codes[:, positions[p]] = code
-        error = (rest[:, p] - _value_of(code, scales[:, p], codebook)) / u[p, p]
-        rest[:, p + 1 :] -= error[:, None] * u[p, p + 1 :]
-    return codes
-
-
-def round_descent(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    absmax: Tensor,
-    codebook: Tensor | None,
-    block_size: int,
-    order: Tensor | None = None,
-    sweeps: int = 1,
-) -> Tensor:
-    """Better codes of `target`: each in turn becomes the best one, all others given (arXiv 2309.01885).
-
-    In units of the code's own error the best value of column p is q_p + ((W - Q) H)_p / H_pp, and what is picked is the
-    code nearest to it, so (W - Q) H (W - Q)^T never rises. Ends early when a sweep changes nothing.
-
-    Args:
-        codes: where to start, as `round_feedback` returns them; not changed.
-        hessian: H, fp32 [cols, cols], symmetric, in the order of the positions.
-        sweeps: over all columns, at most.
-        target, absmax, codebook, block_size, order: as in `round_feedback`.
-    """
-    check_rounding(target, hessian, absmax, codebook, block_size, order)
-    rows, cols = target.shape
-    positions = torch.arange(cols) if order is None else order.long()
-    h, codes = hessian.double(), codes.clone()
-    scales = _scale_per_element(absmax, codebook, block_size, rows, cols)
-    gradient = (target.double() - _value_of(codes, scales, codebook))[:, positions] @ h
-    for _ in range(sweeps):
-        before = codes.clone()
-        for p in range(cols):
-            column = positions[p]
-            old = _value_of(codes[:, column], scales[:, column], codebook)
-            aim = (old + gradient[:, p] / h[p, p]).float()
-            codes[:, column] = _nearest_code(aim, scales[:, column], codebook)
-            gradient += (old - _value_of(codes[:, column], scales[:, column], codebook))[:, None] * h[p]
-        if torch.equal(codes, before):
-            break
-    return codes
-
-
-def _scale_per_element(absmax: Tensor, codebook: Tensor | None, block_size: int, rows: int, cols: int) -> Tensor:
-    if codebook is None:
-        return absmax[:, None].expand(rows, cols)
-    return absmax.repeat_interleave(block_size)[: rows * cols].view(rows, cols)
-
-
-def _nearest_code(values: Tensor, scales: Tensor, codebook: Tensor | None) -> Tensor:
-    if codebook is not None:
-        # Not clamped as in `pick_codes`: int4's lowest code lies below -1.
-        order = torch.argsort(codebook, stable=True)
-        ascending = codebook[order]
-        s = values * (1.0 / scales)
-        return order.to(torch.uint8)[torch.bucketize(s, (ascending[:-1] + ascending[1:]) / 2)]
-    return ((values * (1.0 / scales)).clamp(-1, 1) * 127).round().to(torch.int8)
-
-
-def _value_of(codes: Tensor, scales: Tensor, codebook: Tensor | None) -> Tensor:
-    values = codes.float() * (scales / 127) if codebook is None else codebook[codes.long()] * scales
-    return values.double()
-
-
-def check_rounding(
-    target: Tensor,
-    matrix: Tensor,
-    absmax: Tensor,
-    codebook: Tensor | None,
-    block_size: int,
-    order: Tensor | None,
-) -> None:
-    """Raises LayoutError, UnsupportedDtypeError or FormatError unless these are what rounding takes."""
-    for name, value in (("target", target), ("matrix", matrix), ("absmax", absmax)):
-        if value.dtype != torch.float32:
-            raise UnsupportedDtypeError(f"{name} has dtype {value.dtype}; it must be float32")
-        if not value.is_contiguous() or value.device != target.device:
-            raise LayoutError(f"{name} must be contiguous and on {target.device}, where target is")
-    if target.dim() != 2:
-        raise LayoutError(f"target has shape {tuple(target.shape)}; it must be [rows, cols]")
-    rows, cols = target.shape
-    if tuple(matrix.shape) != (cols, cols):
-        raise LayoutError(f"matrix has shape {tuple(matrix.shape)}; for {cols} columns it must be [{cols}, {cols}]")
-    if cols and not bool((matrix.diagonal() > 0).all()):
-        raise LayoutError("matrix has a diagonal that is not positive everywhere")
-    if codebook is not None:
-        check_codebook(codebook, 16, target.device)
-        check_block_size(block_size)
-    need = rows if codebook is None else -(-rows * cols // block_size)
-    if tuple(absmax.shape) != (need,):
-        raise LayoutError(f"absmax has shape {tuple(absmax.shape)}; {list(target.shape)} needs [{need}]")
-    if not bool((absmax != 0).all()):
-        raise LayoutError("absmax holds a scale that is 0; 1e-38 stands for nothing")
-    if order is not None:
-        if order.dtype != torch.int32 or tuple(order.shape) != (cols,) or not order.is_contiguous():
-            raise LayoutError(f"order is {order.dtype} {tuple(order.shape)}; it must be int32 [{cols}], contiguous")
-        if not torch.equal(order.sort().values, torch.arange(cols, dtype=torch.int32, device=order.device)):
-            raise LayoutError("order is not a permutation of the columns")
-
-
-def check_search(search: str, importance: Tensor | None, x: Tensor) -> None:
-    """Raises FormatError, LayoutError or UnsupportedDtypeError unless a search has what it needs."""
-    if search not in ("absmax", "mse", "square", "importance"):
-        raise FormatError(f"search is {search!r}; allowed are absmax, mse, square, importance")
-    if (importance is None) == (search == "importance"):
-        raise FormatError(f"search is {search!r} and importance is {'missing' if importance is None else 'given'}")
-    if importance is None:
-        return
-    if importance.dtype != torch.float32:
-        raise UnsupportedDtypeError(f"importance has dtype {importance.dtype}; it must be float32")
-    if importance.dim() != 1 or not importance.numel() or not importance.is_contiguous():
-        raise LayoutError(f"importance has shape {tuple(importance.shape)}; it must be [columns], contiguous")
-    if importance.device != x.device:
-        raise LayoutError(f"importance is on {importance.device}; it must be where the values are, on {x.device}")
-    if not bool((importance >= 0).all()) or not bool(torch.isfinite(importance).all()):
-        raise LayoutError("importance holds a number that is negative or not finite")
-
-
-def check_codebook(code: Tensor, entries: int, device: torch.device | None = None) -> None:
-    """Raises LayoutError or UnsupportedDtypeError unless `code` is fp32 [entries], on `device` if that is given."""
-    if code.dtype != torch.float32:
-        raise UnsupportedDtypeError(f"codebook has dtype {code.dtype}; it must be float32")
-    if tuple(code.shape) != (entries,):
-        raise LayoutError(f"codebook has shape {tuple(code.shape)}; it must be [{entries}]")
-    if device is not None and code.device != device:
-        raise LayoutError(f"codebook is on {code.device}; it must be where the values are, on {device}")
-
-
-def check_packed(packed: Tensor, absmax: Tensor, block_size: int, n: int) -> None:
-    """Raises LayoutError or UnsupportedDtypeError unless `packed` and `absmax` hold exactly n 4-bit values."""
-    _check_stored("packed", packed, torch.uint8, math.ceil(n / 2), f"{n} elements")
-    _check_scales(absmax, block_size, n, packed.device)
-
-
-def check_8bit(q: Tensor, absmax: Tensor, block_size: int) -> None:
-    """Raises LayoutError or UnsupportedDtypeError unless `q` is uint8 and `absmax` holds the scales of its blocks."""
-    _check_stored("q", q, torch.uint8, q.numel(), "")
-    _check_scales(absmax, block_size, q.numel(), q.device)
-
-
-def check_int8(q: Tensor, scb: Tensor) -> None:
-    """Raises LayoutError or UnsupportedDtypeError unless `q` is int8 [N, K] and `scb` fp32 [N]."""
-    if q.dim() != 2:
-        raise LayoutError(f"q has shape {tuple(q.shape)}; the int8 layout is a matrix [N, K]")
-    _check_stored("q", q, torch.int8, q.numel(), "")
-    _check_stored("scb", scb, torch.float32, q.shape[0], f"{q.shape[0]} rows", q.device)
-
-
-def check_output_dtype(dtype: torch.dtype) -> None:
-    """Raises UnsupportedDtypeError unless values can be decoded to `dtype`."""
-    if dtype not in _FLOATS:
-        raise UnsupportedDtypeError(f"dtype is {dtype}; float32, float16 and bfloat16 are supported")
-
-
-def check_out(out: Tensor, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-    """Raises LayoutError or UnsupportedDtypeError unless `out` can take values of this shape and dtype as it is."""
-    if out.dtype != dtype:
-        raise UnsupportedDtypeError(f"out has dtype {out.dtype}; it must be {dtype}")
-    if tuple(out.shape) != tuple(shape):
-        raise LayoutError(f"out has shape {list(out.shape)}; it must be {list(shape)}")
-    if out.device != device:
-        raise LayoutError(f"out is on {out.device}; it must be where the weight is, on {device}")
-    if not out.is_contiguous():
-        raise LayoutError(f"out has strides {list(out.stride())}; it must be contiguous")
-    if out.requires_grad:
-        raise LayoutError("out requires a gradient; it must be a tensor without one, which is written as it is")
-
-
-def _check_scales(absmax: Tensor, block_size: int, n: int, device: torch.device) -> None:
-    blocks = math.ceil(n / block_size)
-    _check_stored("absmax", absmax, torch.float32, blocks, f"{n} elements in blocks of {block_size}", device)
-
-
-def _check_stored(
-    name: str, tensor: Tensor, dtype: torch.dtype, size: int, why: str, device: torch.device | None = None
-) -> None:
-    if tensor.dtype != dtype:
-        raise UnsupportedDtypeError(f"{name} has dtype {tensor.dtype}; it must be {dtype}")
-    if tensor.numel() != size:
-        raise LayoutError(f"{name} has {tensor.numel()} elements; {why} need {size}")
-    if device is not None and tensor.device != device:
-        raise LayoutError(f"{name} is on {tensor.device}; it must be where the codes are, on {device}")
