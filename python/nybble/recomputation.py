@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import ops
 from .backends import PackedWeight
+from .operators import bodies, calls
 
 
 @contextmanager
@@ -22,11 +23,11 @@ def saving_first() -> Iterator[None]:
     from, is not multiplied again: 22% of a Llama layer's products. What computes again must find what the forward pass
     found, so the context lasts for both. It costs a node of autograd's graph a call.
     """
-    before, ops.differentiated_lora_linear = ops.differentiated_lora_linear, _lora_linear
+    before, calls.differentiated_lora_linear = calls.differentiated_lora_linear, _lora_linear
     try:
         yield
     finally:
-        ops.differentiated_lora_linear = before
+        calls.differentiated_lora_linear = before
 
 
 def _lora_linear(
@@ -77,7 +78,7 @@ class _SavedLoRALinear(torch.autograd.Function):
     ) -> Tensor:
         ctx.weight, ctx.scaling, ctx.saved = weight, scaling, saved
         ctx.set_materialize_grads(False)
-        return ops._linear(x.detach(), weight, bias, side, lora_b)
+        return bodies.linear_body(x.detach(), weight, bias, side, lora_b)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from nybble import LoRALinear, QuantConfig, QuantLinear, ops
+from nybble import LoRALinear, QuantConfig, QuantLinear
+from nybble.operators import bodies
 from nybble.recomputation import saving_first
 
 
@@ -50,13 +51,13 @@ def gradients(layer: Layer, dtype: torch.dtype, *, first: bool, checkpointed: bo
 def products(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     """The output sizes of the products that are computed, in turn."""
     seen: list[int] = []
-    linear = ops._linear
+    linear = bodies.linear_body
 
     def counted(x: Tensor, weight: Any, *args: Any) -> Tensor:
         seen.append(weight.out_features)
         return linear(x, weight, *args)
 
-    monkeypatch.setattr(ops, "_linear", counted)
+    monkeypatch.setattr(bodies, "linear_body", counted)
     yield seen
 
 

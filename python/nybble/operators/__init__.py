@@ -1,0 +1,1 @@
+"""The parts of `nybble.ops`, which says what they compute and is what others import."""
