@@ -125,9 +125,9 @@ def test_outputs_and_gradients_are_those_of_the_rows_own_adapter(
         actual = results(layer, x, g)
     wanted, sizes = (exact(layer, x, g, rows, magnitudes) for magnitudes in (False, True))
     assert actual.keys() == wanted.keys()  # adapters without a row have no gradient
-    # As in kernels/test_ops.py: no term passes through more than `terms` fp32 additions, and it is rounded to `dtype`
-    # (or to bf16, the coarser dtype of a factor or of its gradient) at most 8 times: input, factor, product, scaling,
-    # result, sum with the base's result, sum over its uses, and the gradient's own dtype.
+    # As in kernels/test_ops_gradients.py: no term passes through more than `terms` fp32 additions, and it is rounded to
+    # `dtype` (or to bf16, the coarser dtype of a factor or of its gradient) at most 8 times: input, factor, product,
+    # scaling, result, sum with the base's result, sum over its uses, and the gradient's own dtype.
     terms = K + N + sum(options["r"] for options in ADAPTERS.values()) + g.numel() // N + 8
     for key, value in actual.items():
         unit = UNIT[torch.bfloat16 if ".three." in key or (key in ("x", "y") and "three" in rows) else dtype]
