@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from hypothesis import strategies as st
 from kernels import exact
-from kernels.problems import FORMATS, LAYOUTS, TINY, UNIT, Problem, block_unit, decoded, make
+from kernels.problems import FORMATS, LAYOUTS, TINY, UNIT, Problem, assert_within, block_unit, decoded, make
 from torch import Tensor
 
 from nybble.backends import cuda
@@ -99,18 +99,7 @@ def expected(problem: Problem) -> tuple[Tensor, Tensor]:
 
 def assert_within_bound(problem: Problem, actual: Tensor) -> None:
     """Fails unless shape, dtype and every element of `actual` are right; infinite only where that may be."""
-    exact, bound = expected(problem)
-    assert actual.dtype == problem.x.dtype
-    assert actual.shape == exact.shape
-    close = (actual.double() - exact).abs() <= bound
-    overflows = actual.isinf() & (actual.sign() * exact + bound >= torch.finfo(actual.dtype).max)
-    wrong = ~(close | overflows)
-    if bool(wrong.any()):
-        at = tuple(wrong.nonzero()[0].tolist())
-        raise AssertionError(
-            f"{explained(problem)['kernel']}, {problem}: {int(wrong.sum())} of {wrong.numel()} elements are off; "
-            f"at {at}: {actual[at].item()}, expected {exact[at].item()} within {bound[at].item()}"
-        )
+    assert_within(problem, actual, *expected(problem), by=f"{explained(problem)['kernel']}, ")
 
 
 def assert_exactly(actual: Tensor, expected: Tensor, what: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from hypothesis import strategies as st
-from kernels.problems import TINY, UNIT, Problem, block_unit, decoded, problems
+from kernels.problems import TINY, UNIT, Problem, assert_within, block_unit, decoded, problems
 from torch import Tensor
 
 from nybble.backends import PackedWeight
@@ -88,15 +88,4 @@ def expected(problem: Problem, bare_codes: bool = False) -> tuple[Tensor, Tensor
 
 def assert_within_bound(problem: Problem, actual: Tensor, bare_codes: bool = False) -> None:
     """Fails unless shape, dtype and every element of `actual` are right; infinite only where that may be."""
-    exact, bound = expected(problem, bare_codes)
-    assert actual.dtype == problem.x.dtype
-    assert actual.shape == exact.shape
-    close = (actual.double() - exact).abs() <= bound
-    overflows = actual.isinf() & (actual.sign() * exact + bound >= torch.finfo(actual.dtype).max)
-    wrong = ~(close | overflows)
-    if bool(wrong.any()):
-        at = tuple(wrong.nonzero()[0].tolist())
-        raise AssertionError(
-            f"{problem}: {int(wrong.sum())} of {wrong.numel()} elements are off; at {at}: {actual[at].item()}, "
-            f"expected {exact[at].item()} within {bound[at].item()}"
-        )
+    assert_within(problem, actual, *expected(problem, bare_codes))

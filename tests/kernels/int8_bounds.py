@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from kernels.problems import TINY, UNIT, Problem, decoded
+from kernels.problems import TINY, UNIT, Problem, assert_within, decoded
 from torch import Tensor
 
 from nybble import QuantTensor, reference
@@ -72,18 +72,7 @@ def expected(problem: Problem, group: int, side_in_fp32: bool) -> tuple[Tensor, 
 
 def assert_within_bound(problem: Problem, actual: Tensor, group: int = 512, side_in_fp32: bool = False) -> None:
     """Fails unless shape, dtype and every element of `actual` are right; infinite only where that may be."""
-    exact, bound = expected(problem, group, side_in_fp32)
-    assert actual.dtype == problem.x.dtype
-    assert actual.shape == exact.shape
-    close = (actual.double() - exact).abs() <= bound
-    overflows = actual.isinf() & (actual.sign() * exact + bound >= torch.finfo(actual.dtype).max)
-    wrong = ~(close | overflows)
-    if bool(wrong.any()):
-        at = tuple(wrong.nonzero()[0].tolist())
-        raise AssertionError(
-            f"{problem}: {int(wrong.sum())} of {wrong.numel()} elements are off; at {at}: {actual[at].item()}, "
-            f"expected {exact[at].item()} within {bound[at].item()}"
-        )
+    assert_within(problem, actual, *expected(problem, group, side_in_fp32))
 
 
 def flat(problem: Problem) -> Problem:

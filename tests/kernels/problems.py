@@ -145,9 +145,11 @@ def block_unit(weight: QuantTensor) -> float:
     return float(decoded(weight).abs().max() / weight.codebook.double().abs()[weight.codebook != 0].min())
 
 
-def assert_within_bound(problem: Problem, actual: Tensor) -> None:
-    """Fails unless shape, dtype and every element of `actual` are right; infinite only where that may be."""
-    exact, bound = expected(problem)
+def assert_within(problem: Problem, actual: Tensor, exact: Tensor, bound: Tensor, by: str = "") -> None:
+    """Fails unless shape and dtype are right and every element is within `bound` of `exact`, or infinite where it may.
+
+    `by`: what the message begins with, such as the kernel.
+    """
     assert actual.dtype == problem.x.dtype
     assert actual.shape == exact.shape
     close = (actual.double() - exact).abs() <= bound
@@ -156,9 +158,14 @@ def assert_within_bound(problem: Problem, actual: Tensor) -> None:
     if bool(wrong.any()):
         at = tuple(wrong.nonzero()[0].tolist())
         raise AssertionError(
-            f"{problem}: {int(wrong.sum())} of {wrong.numel()} elements are off; at {at}: {actual[at].item()}, "
+            f"{by}{problem}: {int(wrong.sum())} of {wrong.numel()} elements are off; at {at}: {actual[at].item()}, "
             f"expected {exact[at].item()} within {bound[at].item()}"
         )
+
+
+def assert_within_bound(problem: Problem, actual: Tensor) -> None:
+    """Fails unless shape, dtype and every element of `actual` are right; infinite only where that may be."""
+    assert_within(problem, actual, *expected(problem))
 
 
 # ---- making them -----------------------------------------------------------------------------------------------------
