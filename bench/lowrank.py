@@ -1,15 +1,18 @@
 """How low-rank fine-tuning is, on real models and texts.
 
 python bench/lowrank.py full --out DIR [--seconds S]
+python bench/lowrank.py rounding --out DIR [--seconds S]
 python bench/lowrank.py intrinsic --out DIR --wordnet DIR [--head trained] [--seconds S]
 
 full       SmolLM2, every weight trained on 96 steps of 1,024 tokens of the King James Bible; the singular values of
            what changed (rank.json, rank.svg); the perplexity of 1 John, which is held out, of the model before and
            after, and of the one before with the change as a LoRA of rank 4, 16, 64 and 256
+rounding   the same run stored in bf16: what of the difference rounding is; and how near the edge that `nybble rank`
+           tells comes to the largest singular value of simulated rounding, beside that of one variance for all
 intrinsic  MiniLM on WordNet's glosses, which of 45 classes of meaning a gloss describes: accuracy by the dimension of
            a random subspace, beside full fine-tuning and a linear probe (intrinsic.json, intrinsic.svg)
 
-Both go on where an earlier call with the same --out ended. --seconds: begin nothing new after so long, and say so with
+They go on where an earlier call with the same --out ended. --seconds: begin nothing new after so long, and say so with
 exit status 75. --wordnet: directory with the data files of Debian's package wordnet-base.
 """
 
@@ -19,6 +22,7 @@ import argparse
 import json
 import os
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +32,7 @@ from typing import Any
 import harness
 import torch
 from rich.console import Console
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import nybble
 from nybble import nn as layers
@@ -37,6 +41,7 @@ from nybble.cli.shared import load_tokenizer
 from nybble.demo import bible, smollm2
 from nybble.planning.extract import extract
 from nybble.planning.intrinsic import IntrinsicConfig, IntrinsicReport, intrinsic
+from nybble.planning.noise import spacing
 from nybble.planning.rank import JSON_NAME, rank
 from nybble.training import TextClassifier, finetune, perplexity
 from nybble.training.data import Labelled
@@ -113,6 +118,34 @@ def full(args: argparse.Namespace) -> None:
         content = {"machine": harness.machine(), "steps": STEPS, "tokens": STEPS * BATCH * SEQ_LEN, "lr": LR}
         path.write_text(json.dumps({**content, "rows": rows}, indent=2) + "\n")
         print(json.dumps(rows[-1]), flush=True)
+
+
+def rounding(args: argparse.Namespace) -> None:
+    """The table of the change stored in bf16, and edges over the largest singular values of drawn rounding errors."""
+    base, after = tuned(args.out, Clock(args.seconds))
+    stored = args.out / "full-bf16"
+    stored.mkdir(exist_ok=True)
+    weights = {name: value.bfloat16() for name, value in load_file(after / "model.safetensors").items()}
+    save_file(weights, stored / "model.safetensors", {"format": "pt"})
+    report = rank(base, stored)
+    report.write(args.out / "rank-bf16")
+    Console(width=140).print(report.table())
+    print("\n".join(report.notes))
+    generator = torch.Generator().manual_seed(0)
+    ratios = []
+    for row in report.layers[::10]:
+        if row.noise_edge is None or max(row.shape) > 4096:
+            continue
+        step = spacing(weights[row.name].double(), torch.bfloat16)
+        errors = step * (torch.rand(row.shape, generator=generator, dtype=torch.float64) - 0.5)
+        largest = float(torch.linalg.matrix_norm(errors, 2))
+        one = float(step.square().mean() / 12) ** 0.5 * sum(side**0.5 for side in row.shape)
+        ratios.append((row.noise_edge / largest, one / largest))
+    for what, values in zip(
+        ("nybble's", "one variance for all (Marchenko-Pastur)"), zip(*ratios, strict=True), strict=True
+    ):
+        low, middle, high = min(values), statistics.median(values), max(values)
+        print(f"edge / largest of simulated rounding, {what}: {low:.2f} to {high:.2f}, median {middle:.2f}")
 
 
 def contestants(base: Path, after: Path, out: Path) -> dict[str, Callable[[], dict[str, Any]]]:
@@ -201,7 +234,7 @@ def sweep(args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", choices=["full", "intrinsic"])
+    parser.add_argument("command", choices=["full", "rounding", "intrinsic"])
     parser.add_argument("--out", type=Path, required=True, help="directory for checkpoints, figures and plots")
     parser.add_argument("--seconds", type=float, help="begin nothing new after so long; the same command goes on")
     parser.add_argument("--wordnet", type=Path, help="directory with WordNet's data files")
@@ -213,7 +246,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     print(harness.machine_line())
-    {"full": full, "intrinsic": sweep}[args.command](args)
+    {"full": full, "rounding": rounding, "intrinsic": sweep}[args.command](args)
 
 
 if __name__ == "__main__":

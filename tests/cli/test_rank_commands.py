@@ -65,6 +65,31 @@ def test_rank(run: Run, models: tuple[Path, Path], tmp_path: Path) -> None:
     assert (status, err) == (1, f"error: {base}: BASE and TUNED are the same checkpoint\n")
 
 
+def test_tables_fit_80_columns(run: Run, models: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = models
+    before, after = (load_file(path / "model.safetensors") for path in models)
+    # A small change in bf16, so that the columns about rounding are there.
+    small = {name: before[name] + 0.02 * (after[name] - before[name]) for name in before}
+    for path, content in ((base, before), (tuned, small)):
+        save_file({name: value.bfloat16() for name, value in content.items()}, path / "model.safetensors")
+    monkeypatch.setenv("COLUMNS", "80")
+    status, out, err = run("rank", base, tuned)
+    header = next(line for line in out.splitlines() if "effective" in line)
+    assert status == 0, err
+    assert all(name in header for name in ("layers", "full", "|D|/|W|", "stable", "99%", "noise", "above"))
+    assert len(header.rstrip()) <= 80 and "embed_tokens" in out
+
+
+def test_a_bad_destination_is_said_before_the_work(run: Run, models: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = models
+    (tmp_path / "file").write_text("mine")
+    for out, text in ((tmp_path / "file", "file is a file"), (tmp_path / "file" / "x", "lies below")):
+        for command in (("rank", base, tuned, "--out", out), ("extract", base, tuned, out, "--rank", 2)):
+            status, _, err = run(*command)
+            assert status == 1 and "error: out: " in err and text in err, err
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_extract(run: Run, models: tuple[Path, Path], tmp_path: Path) -> None:
     base, tuned = models
     out_dir, report = tmp_path / "adapter", tmp_path / "report.json"

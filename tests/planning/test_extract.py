@@ -213,6 +213,59 @@ def test_a_bias_beside_an_update_stays_uncovered(write: Write, tmp_path: Path) -
     assert torch.equal(saved, tuned["norm.weight"])
 
 
+def test_an_adapter_is_cut_to_a_lower_rank(models: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = models
+    whole = extract(base, tuned, tmp_path / "whole", 4)
+    cut = extract(base, tmp_path / "whole", tmp_path / "cut", 2)
+    direct = extract(base, tuned, tmp_path / "direct", 2)
+    found, expected = updates(tmp_path / "cut"), updates(tmp_path / "direct")
+    assert found.keys() == expected.keys() and len(found) == len(whole.rows) == 14
+    for path in found:
+        # The changes are of rank 4 with values apart, so both cut the same directions, up to fp32's rounding.
+        torch.testing.assert_close(found[path], expected[path], rtol=0, atol=1e-5)
+    assert cut.kept_covered == pytest.approx(direct.kept_covered, abs=1e-5)
+    assert {row.rank for row in extract(base, tmp_path / "whole", tmp_path / "again", 64).rows} == {4}
+
+
+def test_a_rank_that_takes_rounding_in_is_said(write: Write, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(48, 48).bfloat16()
+    tuned = (weight.double() + with_spectrum([3.0], 48, 48)).bfloat16()
+    base, after = write("base", {"fc.weight": weight}), write("tuned", {"fc.weight": tuned})
+    text = "1 layers have a larger rank than TUNED's rounding"
+    assert text not in " ".join(extract(base, after, tmp_path / "out", 1).notes)
+    assert text in " ".join(extract(base, after, tmp_path / "out", 2).notes)
+
+
+def test_what_the_model_has_no_module_for_is_not_saved(tmp_path: Path) -> None:
+    settings = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    settings |= {"num_key_value_heads": 2, "vocab_size": 64, "num_local_experts": 2}
+    model = transformers.MixtralForCausalLM(transformers.MixtralConfig(**settings))
+    model.save_pretrained(tmp_path / "base")  # a file an expert, which the model holds as one stack
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "tuned")
+    report = extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", 4, save_others=True)
+    assert len(report.uncovered) == 6
+    assert all("experts" in name and "has no module" in why for name, (_, why) in report.uncovered.items())
+    ours = nybble.load(tmp_path / "base")
+    nybble.load_adapter(ours, tmp_path / "out")  # and the file can be loaded
+
+
+def test_layers_held_as_gpt2_does_are_said(tmp_path: Path) -> None:
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=16, bos_token_id=0,
+                                     eos_token_id=0)  # fmt: skip
+    model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(tmp_path / "base")
+    with torch.no_grad():
+        model.transformer.h[0].attn.c_attn.weight.add_(1)
+    model.save_pretrained(tmp_path / "tuned")
+    text = r"differs from .*; 1 other tensors do, among them .*c_attn.weight \(held \[inputs, outputs\]"
+    with pytest.raises(CheckpointError, match=text):
+        extract(tmp_path / "base", tmp_path / "tuned", tmp_path / "out", 4)
+
+
 @pytest.mark.parametrize(("dtype", "name"), [(torch.bfloat16, "BF16"), (torch.float16, "F16")])
 def test_factors_can_be_stored_in_16_bits(write: Write, tmp_path: Path, dtype: torch.dtype, name: str) -> None:
     base, tuned = write("base", {"fc.weight": torch.zeros(9, 9)}), write("tuned", {"fc.weight": torch.randn(9, 9)})

@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save_file
 from spectra import with_spectrum
 
 import nybble
+from nybble.checkpoint.adapter import read_adapter, write_adapter
 from nybble.errors import CheckpointError, NonFiniteError
+from nybble.planning.noise import RoundingNoise
 from nybble.planning.plots import plot_spectra
 from nybble.planning.rank import kinds_of, rank
 
@@ -144,10 +146,120 @@ def test_shards_and_single_files_are_read(write: Write, tmp_path: Path) -> None:
 
 def test_16_bit_files_say_that_rounding_is_in_it(write: Write) -> None:
     base, tuned = pair_of(write)
-    content = {name: value.bfloat16() for name, value in load_file(tuned / "model.safetensors").items()}
-    save_file(content, tuned / "model.safetensors")
+    before, after = (load_file(path / "model.safetensors") for path in (base, tuned))
+    larger = {name: (16 * value).bfloat16() for name, value in before.items()}  # beside which the change is small
+    save_file(larger, base / "model.safetensors")
+    changed = {name: (larger[name] + after[name] - before[name]).bfloat16() for name in larger}
+    save_file(changed, tuned / "model.safetensors")
     report = rank(base, tuned)
-    assert report.notes[0].startswith("TUNED is stored in bf16: its differences hold the rounding to it")
+    assert report.notes[0].startswith("rounding to the dtype that TUNED is stored in is")
+    assert report.noisy and all(row.noise_share > 0 and row.above_noise == 4 for row in report.layers)
+    assert [column.header for column in report.table().columns][-2:] == ["noise", "above"]
+    assert report.kinds()[0].above_noise == 4
+
+
+def test_fp32_files_have_no_rounding_to_speak_of(write: Write) -> None:
+    report = rank(*pair_of(write))
+    assert not report.noisy and not report.notes
+    assert [column.header for column in report.layer_table().columns][-1] == "99%"
+    assert all(row.noise_edge < 1e-5 and row.noise_share < 1e-10 for row in report.layers)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows_differ", [False, True])
+def test_a_planted_rank_is_what_stands_above_rounding(write: Write, dtype: torch.dtype, rows_differ: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = 0.02 * torch.randn(256, 192, generator=generator)
+    if rows_differ:  # as in real models: then one variance for all would put the edge too low
+        weight *= torch.exp(0.7 * torch.randn(256, 1, generator=generator))
+    before = weight.to(dtype)
+    probe = RoundingNoise(dtype, 192)
+    probe.add(before.double(), torch.ones(256, 192, dtype=torch.float64) * 1e-4)
+    # Well above the edge, where a change of rank 5 is still a fraction of the spacing of most elements.
+    change = with_spectrum([probe.edge * size for size in (4.0, 3.5, 3.0, 2.5, 2.0)], 256, 192)
+    tuned = write("tuned", {"q_proj.weight": (before.double() + change).to(dtype)})
+    (row,) = rank(write("base", {"q_proj.weight": before}), tuned).layers
+    assert row.above_noise == 5
+    assert row.rank_99 > 20  # which energy alone does not tell
+
+
+def test_quantized_weights_have_no_known_rounding(write: Write, tmp_path: Path) -> None:
+    base = write("base", {"q_proj.weight": torch.randn(64, 64)})
+    nybble.quantize(base, tmp_path / "packed")
+    report = rank(base, tmp_path / "packed")
+    row = report.layers[0]
+    assert row.noise_edge is row.above_noise is row.noise_share is None
+    assert report.kinds()[0].noise_share is None and not report.noisy
+
+
+def test_a_stack_of_experts_counts_matrix_by_matrix(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    stack = torch.randn(3, 12, 8)
+    change = torch.stack([with_spectrum([2.0, 1.0][: i + 1], 12, 8, seed=i) if i < 2 else torch.zeros(12, 8).double()
+                          for i in range(3)])  # fmt: skip
+    name = "layers.0.mlp.experts.gate_up_proj"
+    base, tuned = write("base", {name: stack}), write("tuned", {name: (stack.double() + change).float()})
+    monkeypatch.setattr("nybble.planning.difference.ELEMENTS", 40)  # five rows
+    report = rank(base, tuned)
+    assert [row.name for row in report.layers] == [f"{name}[0]", f"{name}[1]"]
+    assert report.unchanged == [f"{name}[2]"] and not report.others
+    assert [(kind.kind, kind.layers) for kind in report.kinds()] == [("gate_up_proj", 2)]
+    for row, values in zip(report.layers, ([2.0, 0.0], [2.0, 1.0]), strict=True):
+        assert row.singular_values[:2] == pytest.approx(values, abs=1e-5)
+        assert row.relative == pytest.approx(row.norm / float(stack[int(row.name[-2])].norm()), rel=1e-6)
+
+
+def write_lora(directory: Path, layers: dict[str, tuple[int, int]], r: int, **settings: object) -> Path:
+    """An adapter with random factors for these layers, alpha = 2 r."""
+    tensors = {}
+    for path, (rows, columns) in layers.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = torch.randn(r, columns)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = torch.randn(rows, r)
+    write_adapter(directory, {"peft_type": "LORA", "r": r, "lora_alpha": 2 * r, **settings}, tensors)
+    return directory
+
+
+@pytest.mark.parametrize("shape", [(12, 8), (8, 12), (3, 8)])
+def test_an_adapter_is_what_it_adds(write: Write, tmp_path: Path, shape: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    base = {f"layers.{i}.q_proj.weight": torch.randn(shape) for i in range(2)}
+    adapter = write_lora(tmp_path / "adapter", {"layers.1.q_proj": shape}, 4)
+    layer = read_adapter(adapter).layers["layers.1.q_proj"]
+    a, b = layer.factors()
+    values = torch.linalg.svdvals(2 * b.double() @ a.double())
+    report = rank(write("base", base), adapter)
+    (row,) = report.layers
+    assert (row.name, row.method, row.shape) == ("layers.1.q_proj.weight", "factors", shape)
+    assert row.singular_values == pytest.approx(values.tolist(), abs=1e-12)
+    assert row.norm == pytest.approx(float(values.norm()))
+    assert row.relative == pytest.approx(row.norm / float(base["layers.1.q_proj.weight"].norm()), rel=1e-6)
+    assert not report.missing and any("TUNED is an adapter" in note for note in report.notes)
+
+
+def test_an_adapter_that_is_no_update_of_the_base_is_refused(write: Write, tmp_path: Path) -> None:
+    base = write("base", {"q_proj.weight": torch.randn(12, 8), "norm.weight": torch.ones(8)})
+    other = write_lora(tmp_path / "other", {"fc": (12, 8)}, 2)
+    with pytest.raises(CheckpointError, match=r"other: has an update of 'fc.weight', which .*base has not"):
+        rank(base, other)
+    odd = write_lora(tmp_path / "odd", {"q_proj": (9, 8)}, 2)
+    with pytest.raises(CheckpointError, match=r"no weight of two dimensions in common with .*; 1 have other shapes"):
+        rank(base, odd)
+    dora = write_lora(tmp_path / "dora", {"q_proj": (12, 8)}, 2)
+    content = load_file(dora / "adapter_model.safetensors")
+    content["base_model.model.q_proj.lora_magnitude_vector"] = torch.ones(12)
+    config = json.loads((dora / "adapter_config.json").read_text())
+    write_adapter(dora, {**config, "use_dora": True}, content)
+    with pytest.raises(CheckpointError, match="q_proj: DoRA rescales whole weights; merge the adapter"):
+        rank(base, dora)
+
+
+def test_full_copies_in_an_adapter_are_compared(write: Write, tmp_path: Path) -> None:
+    base = write("base", {"q_proj.weight": torch.randn(12, 8), "norm.weight": torch.ones(8)})
+    adapter = write_lora(tmp_path / "adapter", {"q_proj": (12, 8)}, 2)
+    content = load_file(adapter / "adapter_model.safetensors")
+    content["base_model.model.norm.weight"] = torch.full((8,), 1.5)
+    write_adapter(adapter, json.loads((adapter / "adapter_config.json").read_text()), content)
+    assert rank(base, adapter).others == {"norm.weight": pytest.approx(0.5)}
 
 
 def test_a_weight_is_read_in_slabs(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,8 +294,13 @@ def test_what_cannot_be_compared_is_refused(write: Write, tmp_path: Path) -> Non
         rank(base, tuned, method="qr")
     with pytest.raises(ValueError, match="device is 'mps', which has no fp64; cpu"):
         rank(base, tuned, device="mps")
-    with pytest.raises(ValueError, match="device is 'tpu', which is not there"):
+    with pytest.raises(ValueError, match="device is 'tpu', which names no device"):
         rank(base, tuned, device="tpu")
+    with pytest.raises(ValueError, match="device is 'cpu:x', which names no device"):
+        rank(base, tuned, device="cpu:x")
+    (tmp_path / "m.gguf").write_bytes(b"GGUF" + bytes(64))
+    with pytest.raises(CheckpointError, match=r"m.gguf: a GGUF file; `nybble import` makes a checkpoint of it"):
+        rank(base, tmp_path / "m.gguf")
     with pytest.raises(ValueError, match="no weight changed, there is nothing to plot"):
         plot_spectra({"layers": []}, tmp_path / "x.svg")
 

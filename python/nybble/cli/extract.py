@@ -10,7 +10,7 @@ import typer
 
 def command(
     base: Annotated[Path, typer.Argument(help="The model before: what the adapter is for, quantized or not.")],
-    tuned: Annotated[Path, typer.Argument(help="The same model after training.")],
+    tuned: Annotated[Path, typer.Argument(help="The same model after training, or a LoRA for it, to cut its rank.")],
     out: Annotated[Path, typer.Argument(help="A directory for the adapter; one that is there is replaced.")],
     rank: Annotated[int | None, typer.Option("--rank", "-r", help="Of every layer.")] = None,
     energy: Annotated[
@@ -33,11 +33,12 @@ def command(
 
     from ..checkpoint.report import check_report_path
     from ..planning.extract import ALL_LINEAR, DTYPES, extract
-    from .rank import shorten
+    from .rank import check_directory, shorten
     from .shared import progress_bar
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    check_directory("out", out)
     if report is not None:
         check_report_path(report)
     with progress_bar("decomposing") as tick:

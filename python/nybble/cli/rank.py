@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,7 +19,7 @@ def command(
     base: Annotated[
         Path, typer.Argument(help="The model before: a directory or a .safetensors file, quantized or not.")
     ],
-    tuned: Annotated[Path, typer.Argument(help="The same model after training.")],
+    tuned: Annotated[Path, typer.Argument(help="The same model after training, or a LoRA adapter for it.")],
     out: Annotated[
         Path | None, typer.Option(help="Write rank.json (all singular values) and rank.svg into this directory.")
     ] = None,
@@ -37,6 +38,8 @@ def command(
     from ..planning.rank import rank
     from .shared import progress_bar
 
+    if out is not None:
+        check_directory("out", out)
     with progress_bar("decomposing") as tick:
         report = rank(base, tuned, device=device, method=method, progress=tick)
     written = [] if out is None else report.write(out)
@@ -47,13 +50,27 @@ def command(
     if report.layers:
         console.print(report.layer_table() if layers else report.table())
         console.print(
-            "|D|/|W|: size of the change; 90% ...: rank that keeps so much of |D|^2; of a kind, means over its layers"
+            "full: the largest possible rank; |D|/|W|: size of the change; 90% ...: rank that keeps so much of |D|^2; "
+            "of a kind, means over its layers",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
         )
     tell(report, console)
     if written:
         console.print(f"written to {', '.join(map(str, written))}", markup=False, highlight=False, soft_wrap=True)
     if out is not None and report.layers and importlib.util.find_spec("matplotlib") is None:
         console.print("no plot: it needs matplotlib (pip install 'nybble[plot]')", markup=False)
+
+
+def check_directory(option: str, path: Path) -> None:
+    """Raises ValueError unless files can be written into `path`, which need not be there: said before hours of work."""
+    above = next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.exists())
+    if not above.is_dir():
+        where = "" if above == path.absolute() else f"lies below {above}, which "
+        raise ValueError(f"{option}: {path} {where}is a file; a directory is needed")
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise ValueError(f"{option}: nothing can be written into {above}; a directory of your own is needed")
 
 
 def tell(report: RankReport, console: Console) -> None:

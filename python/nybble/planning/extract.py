@@ -93,12 +93,13 @@ class ExtractReport:
 
     def table(self) -> Table:
         """A row a layer, for `rich.print`."""
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table()
+        table = Table(box=SIMPLE_HEAD, padding=0)
         table.add_column("layer", overflow="fold")
-        for name in ("rank", "of", "energy kept", "|D - BA|/|D|", "|D|/|W|"):
-            table.add_column(name, justify="right")
+        for name in ("rank", "full", "energy", "|D-BA|/|D|", "|D|/|W|"):
+            table.add_column(name, justify="right", no_wrap=True)
         for row in self.rows:
             table.add_row(
                 row.path, f"{row.rank}", f"{min(row.shape)}", f"{row.kept:.2%}", f"{row.error:.3f}",
@@ -133,6 +134,8 @@ class _Layers:
             return "", "the head shares it"
         if path in self._known.linear:
             return "linear", ""
+        if path in self._known.transposed:
+            return "", "held [inputs, outputs], as GPT-2's Conv1D is"
         return ("embedding", "") if path in self._known.embeddings else ("", "no linear layer of the model class")
 
     def _kind_by_name(self, name: str) -> tuple[str, str]:
@@ -141,6 +144,10 @@ class _Layers:
         if is_linear_by_name(module_of(name), self._model_type):
             return "linear", ""
         return ("embedding", "") if "embed" in name.lower() else ("", "not called as a linear layer is")
+
+    def is_module(self, path: str) -> bool:
+        """Whether the model has a module of this path, as far as that is known."""
+        return self._known is None or path in self._known.modules
 
     def taken(self, paths: Iterable[str]) -> set[str]:
         """Last parts of the names of modules with a weight that are not among `paths`."""
@@ -174,10 +181,11 @@ def extract(
     (alpha = r). Over a quantized base the difference is to what its codes stand for, so it holds what quantizing lost.
 
     Args:
-        base, tuned: a directory or a .safetensors file each, plain, in fp8 or quantized.
+        base, tuned: a directory or a .safetensors file each, plain, in fp8 or quantized; tuned may also be the
+            directory of a LoRA for the base, whose rank is then cut.
         dst: a directory for the adapter, which replaces one that is there.
-        rank: of every layer, at most its full rank. energy: each layer has the least rank that keeps this share of its
-            energy, above 0 and at most 1; together with rank at most that.
+        rank: of every layer, at most its full rank, or an adapter's. energy: each layer has the least rank that keeps
+            this share of its energy, above 0 and at most 1; together with rank at most that.
         target: "all-linear", or name patterns of linear layers and embeddings (`nybble.formats.match_module`).
         dtype: of the factors: torch.float32, bfloat16 or float16.
         save_others: hold the other modules that changed (embeddings, norms) in full, as `modules_to_save`.
@@ -216,14 +224,27 @@ def extract(
     if progress is not None:
         progress("", len(names), len(names))
     if not work.ranks:
-        raise CheckpointError(f"{tuned}: no layer of the target ({_shown(target)}) differs from {base}")
+        raise CheckpointError(_nothing_to_hold(tuned, base, target, report))
     for name in pairs.others:
         work.leave(name, "not a matrix")
+    if work.beyond:
+        report.notes.append(
+            f"{len(work.beyond)} layers have a larger rank than TUNED's rounding leaves to be seen, the first "
+            f"{work.beyond[0]}: some of their directions may be rounding (nybble rank)"
+        )
     report.kept, report.kept_covered = work.kept / work.total, work.kept / work.covered
     if save_others:
         work.save_others()
     write_adapter(Path(dst), work.config(), work.tensors)
     return report
+
+
+def _nothing_to_hold(tuned: object, base: object, target: str | tuple[str, ...], report: ExtractReport) -> str:
+    what = f"{tuned}: no layer of the target ({_shown(target)}) differs from {base}"
+    if not report.uncovered:
+        return what
+    first, (_, why) = next(iter(report.uncovered.items()))
+    return f"{what}; {len(report.uncovered)} other tensors do, among them {first} ({why})"
 
 
 class _Work:
@@ -237,6 +258,7 @@ class _Work:
         self.tensors: dict[str, Tensor] = {}
         self.ranks: dict[str, int] = {}
         self.total = self.covered = self.kept = 0.0
+        self.beyond: list[str] = []  # layers whose rank takes rounding in
 
     def cut(self, name: str, path: str, kind: str, rank: int | None, energy: float | None) -> None:
         """The low-rank update of a layer, if it changed."""
@@ -246,10 +268,14 @@ class _Work:
             self._report.unchanged += 1
             return
         rows, columns = difference.shape
-        r = min(rows, columns) if rank is None else min(rank, rows, columns)
+        assert found.vectors is not None
+        most = found.vectors.shape[1]  # an adapter's own rank, or the shorter side
+        r = most if rank is None else min(rank, most)
         r = r if energy is None else min(r, energy_rank(found.values, energy))
         a, b = factors(difference, found, r, self._device)
         self._put(path, kind, a, b)
+        if found.noise.known and r > int((found.values > found.noise.edge).sum()):
+            self.beyond.append(path)
         energies = found.values.square()
         rest = float(energies[r:].sum() / energies.sum())
         self.ranks[path] = r
@@ -297,6 +323,8 @@ class _Work:
             blocked = "its layer has a low-rank update, beside which no copy can be" if path in self.ranks else ""
             if not path or any(other in pairs.base.packed for other in own):
                 blocked = "its module is quantized, or has no name"
+            elif not layers.is_module(path):
+                blocked = f"the model has no module {path} that a copy could be for"
             if blocked:
                 report.uncovered[name] = (report.uncovered[name][0], blocked)
                 continue
@@ -365,6 +393,6 @@ def _chosen(pairs: Pairs, layers: _Layers, target: str | tuple[str, ...]) -> dic
 
 def _whole(pairs: Pairs, name: str) -> Tensor:
     """The tuned tensor, in the dtype that it is stored in (fp32 if that is fp64, bf16 if fp8)."""
-    reader = FiniteReader(pairs.tuned.reader(pairs.names[name]))
+    reader = FiniteReader(pairs.tuned_reader(name))
     values = reader.read(0, math.prod(reader.shape))
     return values.to(reader.dtype, copy=True).view(reader.shape)

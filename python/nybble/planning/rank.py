@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,20 +20,26 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 JSON_NAME = "rank.json"
-_COLUMNS = ("of rank", "|D|/|W|", "effective", "stable", "90%", "95%", "99%")
+_COLUMNS = ("full", "|D|/|W|", "effective", "stable", "90%", "95%", "99%")
+_NOISE_COLUMNS = ("noise", "above")
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
 class RankRow:
-    """One weight of two dimensions that training changed.
+    """One weight of two dimensions that training changed, or one matrix of a stack of experts.
 
     Attributes:
-        name: in the base. kind: of layer, such as "q_proj", the same in every block.
+        name: in the base, of a stack with the number of the matrix behind it, "...[3]".
+        kind: of layer, such as "q_proj", the same in every block.
         norm: ||D||_F of the difference D. relative: ||D||_F / ||W||_F, W the base's weight (infinite for W = 0).
         effective_rank, stable_rank: see `nybble.planning.spectrum`.
         rank_90, rank_95, rank_99: how many singular values have that share of the energy ||D||_F^2.
-        singular_values: all of them, descending. method: how they were computed, "svd" or "gram" (`Spectrum`).
+        noise_edge: rounding alone has no singular value above it (`RoundingNoise`). above_noise: how many are above.
+        noise_share: expected energy of the rounding / ||D||_F^2; above 1 where changes are too small to be stored. All
+            three are None where nothing is known of it: the tuned weight is quantized, in fp8, or an adapter's.
+        singular_values: all of them, descending. method: how they were computed, "svd", "gram" or "factors"
+            (`Spectrum`).
     """
 
     name: str
@@ -47,6 +53,9 @@ class RankRow:
     rank_95: int
     rank_99: int
     method: str
+    noise_edge: float | None
+    above_noise: int | None
+    noise_share: float | None
     singular_values: list[float] = field(repr=False)
 
     @property
@@ -57,7 +66,10 @@ class RankRow:
 
 @dataclass(frozen=True)
 class Kind:
-    """The means over the layers of one kind; `largest_90`: the largest rank_90; `full_rank`: the largest possible."""
+    """The means over the layers of one kind; `largest_90`: the largest rank_90; `full_rank`: the largest possible.
+
+    above_noise and noise_share are None if they are for one of its layers.
+    """
 
     kind: str
     layers: int
@@ -69,6 +81,8 @@ class Kind:
     rank_95: float
     rank_99: float
     largest_90: int
+    above_noise: float | None
+    noise_share: float | None
 
 
 @dataclass
@@ -77,7 +91,7 @@ class RankReport:
 
     Attributes:
         layers: a row a changed weight. unchanged: names of weights whose difference is exactly 0.
-        others: changed tensors of other dimensions (norms, biases, stacked experts) -> ||D|| / ||W||.
+        others: changed tensors of other dimensions (norms, biases) -> ||D|| / ||W||.
         missing, extra, reshaped, tied: see `Pairs`. notes: sentences worth a reader's attention.
     """
 
@@ -133,26 +147,28 @@ class RankReport:
 
     def table(self) -> Table:
         """The means of every kind of layer, for `rich.print`."""
-        from rich.table import Table
-
-        table = Table()
-        table.add_column("kind of layer", overflow="fold")
-        for name in ("layers", *_COLUMNS):
-            table.add_column(name, justify="right")
-        for kind in self.kinds():
-            table.add_row(*_cells(kind, kind.kind, f"{kind.layers}"))
-        return table
+        return self._table([(kind, (kind.kind, f"{kind.layers}")) for kind in self.kinds()], "kind of layer", "layers")
 
     def layer_table(self) -> Table:
         """The same figures of every weight."""
+        return self._table([(row, (row.name.removesuffix(".weight"),)) for row in self.layers], "weight")
+
+    @property
+    def noisy(self) -> bool:
+        """Whether rounding is so much of a change that the tables tell it: a thousandth of the energy or more."""
+        return any(row.noise_share is not None and row.noise_share >= 1e-3 for row in self.layers)
+
+    def _table(self, rows: Sequence[tuple[Kind | RankRow, tuple[str, ...]]], *first: str) -> Table:
+        from rich.box import SIMPLE_HEAD
         from rich.table import Table
 
-        table = Table()
-        table.add_column("weight", overflow="fold")
-        for name in _COLUMNS:
-            table.add_column(name, justify="right")
-        for row in self.layers:
-            table.add_row(*_cells(row, row.name.removesuffix(".weight")))
+        # All of it within 80 columns, so that no header is cut where that is all there is.
+        table = Table(box=SIMPLE_HEAD, padding=0)
+        table.add_column(first[0], overflow="fold")
+        for name in (*first[1:], *_COLUMNS, *(_NOISE_COLUMNS if self.noisy else ())):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row, names in rows:
+            table.add_row(*_cells(row, *names), *(_noise_cells(row) if self.noisy else ()))
         return table
 
 
@@ -162,19 +178,27 @@ def _finite(value: float) -> float | None:
 
 def _cells(row: Kind | RankRow, *first: str) -> list[str]:
     return [
-        *first, f"{row.full_rank}", f"{row.relative:.2e}", f"{row.effective_rank:.1f}", f"{row.stable_rank:.1f}",
+        *first, f"{row.full_rank}", f"{row.relative:.1e}", f"{row.effective_rank:.1f}", f"{row.stable_rank:.1f}",
         *(f"{value:.0f}" for value in (row.rank_90, row.rank_95, row.rank_99)),
     ]  # fmt: skip
+
+
+def _noise_cells(row: Kind | RankRow) -> tuple[str, str]:
+    if row.noise_share is None or row.above_noise is None:
+        return "-", "-"
+    return f"{min(row.noise_share, 1):.1%}", f"{row.above_noise:.0f}"
 
 
 def _kind(name: str, rows: list[RankRow]) -> Kind:
     def mean(attribute: str) -> float:
         return sum(getattr(row, attribute) for row in rows) / len(rows)
 
+    known = all(row.noise_share is not None for row in rows)
     means = {key: mean(key) for key in ("relative", "effective_rank", "stable_rank", "rank_90", "rank_95", "rank_99")}
     return Kind(
-        name, len(rows), max(row.full_rank for row in rows), **means, largest_90=max(row.rank_90 for row in rows)
-    )
+        name, len(rows), max(row.full_rank for row in rows), **means, largest_90=max(row.rank_90 for row in rows),
+        above_noise=mean("above_noise") if known else None, noise_share=mean("noise_share") if known else None,
+    )  # fmt: skip
 
 
 def kinds_of(names: Iterable[str]) -> dict[str, str]:
@@ -213,7 +237,8 @@ def rank(
     """Decompose the difference of two checkpoints, a weight at a time.
 
     Args:
-        base, tuned: a directory or a .safetensors file each, plain, in fp8 or quantized (then its codes' values count).
+        base, tuned: a directory or a .safetensors file each, plain, in fp8 or quantized (then its codes' values count);
+            tuned may also be the directory of a LoRA for the base.
         device: "cpu" or a CUDA device, where the decompositions run, in fp64.
         method: "svd", "gram", or "auto": the first up to a shorter side of 2,048 (see `Spectrum`).
         progress: called with (weight, how many are done, how many there are) before each and at the end.
@@ -230,34 +255,60 @@ def rank(
         str(base), str(tuned), missing=pairs.missing, extra=pairs.extra, reshaped=pairs.reshaped, tied=pairs.tied,
         notes=list(pairs.notes),
     )  # fmt: skip
-    names = sorted(pairs.matrices, key=in_order)
-    kinds = kinds_of(names)
-    for done, name in enumerate(names):
+    jobs = _jobs(pairs)
+    kinds = kinds_of([*pairs.matrices, *pairs.stacks])
+    for done, (label, name, index) in enumerate(jobs):
         if progress is not None:
-            progress(name, done, len(names))
-        found = spectrum(pairs.difference(name), device=device, method=method)
+            progress(label, done, len(jobs))
+        difference = pairs.difference(name, index)
+        found = spectrum(difference, device=device, method=method)
         if not found.norm:
-            report.unchanged.append(name)
+            report.unchanged.append(label)
             continue
-        report.layers.append(_row(name, kinds[name], pairs.base.shapes[name], found))
+        report.layers.append(_row(label, kinds[name], difference.shape, found))
     if progress is not None:
-        progress("", len(names), len(names))
+        progress("", len(jobs), len(jobs))
     report.others = changed_others(pairs)
     if report.others:
         report.notes.append(
             f"{len(report.others)} tensors of other dimensions changed too (norms, biases ...): they have no rank"
         )
+    report.notes += _about_rounding(report.layers)
     if any(row.method == "gram" for row in report.layers):
         report.notes.append("singular values below 1e-6 of the largest are rounding where the method is gram")
     return report
 
 
+def _jobs(pairs: Pairs) -> list[tuple[str, str, int | None]]:
+    """(label, weight's name, which matrix of a stack) in the order of the blocks."""
+    jobs: list[tuple[str, str, int | None]] = [(name, name, None) for name in pairs.matrices]
+    for name in pairs.stacks:
+        jobs += [(f"{name}[{index}]", name, index) for index in range(pairs.base.shapes[name][0])]
+    return sorted(jobs, key=lambda job: (in_order(job[1]), job[2] or 0))
+
+
+def _about_rounding(rows: list[RankRow]) -> list[str]:
+    """A sentence where the rounding of the tuned weights is a part of what the table shows."""
+    shares = [row.noise_share for row in rows if row.noise_share is not None]
+    if not shares or max(shares) < 1e-3:
+        return []
+    return [
+        f"rounding to the dtype that TUNED is stored in is {min(min(shares), 1):.1%} to {min(max(shares), 1):.1%} of "
+        "|D|^2 (column noise) and has full rank: it raises the columns before. above: how many singular values are "
+        "larger than any of rounding alone"
+    ]
+
+
 def _row(name: str, kind: str, shape: tuple[int, ...], found: Spectrum) -> RankRow:
     values = found.values
+    noise = found.noise
+    edge = noise.edge if noise.known else None
     at_90, at_95, at_99 = (energy_rank(values, share) for share in ENERGIES)
     return RankRow(
         name, kind, (shape[0], shape[1]), found.norm, ratio(found.norm, found.weight_norm), effective_rank(values),
-        stable_rank(values), at_90, at_95, at_99, found.method, values.tolist(),
+        stable_rank(values), at_90, at_95, at_99, found.method, edge,
+        None if edge is None else int((values > edge).sum()), noise.energy / found.norm**2 if noise.known else None,
+        values.tolist(),
     )  # fmt: skip
 
 
@@ -271,17 +322,22 @@ def check_device(device: str) -> None:
     """Raises ValueError unless torch computes in fp64 there."""
     import torch
 
-    kind = device.partition(":")[0]
-    if kind == "cpu" or (kind == "cuda" and torch.cuda.is_available()):
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device is {device!r}, which names no device; cpu, cuda and cuda:N do") from error
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked.type == "cpu" or (asked.type == "cuda" and (asked.index or 0) < count):
         return
-    reason = "has no fp64" if kind == "mps" else "is not there"
+    reason = "has no fp64" if asked.type == "mps" else "is not there"
     raise ValueError(f"device is {device!r}, which {reason}; cpu{' or cuda' if torch.cuda.is_available() else ''} is")
 
 
 def changed_others(pairs: Pairs) -> dict[str, float]:
     """||D|| / ||W|| of tensors that are no matrices and that changed."""
     result = {}
-    for name in pairs.others:
+    stacks = set(pairs.stacks)
+    for name in (name for name in pairs.others if name not in stacks):
         squares = weight = 0.0
         for _, base, part in pairs.difference(name).slabs():
             weight += float(base.square().sum())

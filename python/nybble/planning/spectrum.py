@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .difference import Difference
+from .difference import Difference, Update
+from .noise import RoundingNoise
 
 #: Shares of the energy (the sum of squared singular values) whose ranks a report tells.
 ENERGIES = (0.90, 0.95, 0.99)
@@ -67,12 +68,14 @@ class Spectrum:
 
     Attributes:
         values: fp64 [min(shape)], descending, on the CPU.
-        vectors: fp64 [side, n], singular vectors of the side that `by_rows` tells, by column; None if not asked for.
+        vectors: fp64 [side, n], singular vectors of the side that `by_rows` tells, by column; None if not asked for. Of
+            an adapter no more than its rank.
         by_rows: the vectors are of the rows ([rows, n], left ones), else of the columns ([columns, n], right ones).
         norm, weight_norm: ||D||_F and ||base||_F.
-        method: "svd": LAPACK's, of D in fp64. "gram": square roots of the eigenvalues of D D^T or D^T D in fp64, whose
-            rounding hides values below about sqrt(n) 1e-8 of the largest; larger ones and all energies are right to
-            fp32 or better.
+        noise: the rounding in D; its `known` is False where nothing is known of it.
+        method: "factors": of an adapter's A and B. "svd": LAPACK's, of D in fp64. "gram": square roots of the
+            eigenvalues of D D^T or D^T D in fp64, whose rounding hides values below about sqrt(n) 1e-8 of the largest;
+            larger ones and all energies are right to fp32 or better.
     """
 
     values: Tensor
@@ -81,6 +84,7 @@ class Spectrum:
     norm: float
     weight_norm: float
     method: str
+    noise: RoundingNoise
 
 
 def spectrum(difference: Difference, *, vectors: bool = False, device: str = "cpu", method: str = "auto") -> Spectrum:
@@ -97,6 +101,8 @@ def spectrum(difference: Difference, *, vectors: bool = False, device: str = "cp
         NonFiniteError: see `Difference.slabs`.
     """
     rows, columns = difference.shape
+    if isinstance(difference, Update):
+        return _of_update(difference, vectors)
     if method == "auto":
         small = min(rows, columns) <= SVD_SIDE and rows * columns <= SVD_ELEMENTS
         method = "svd" if small else "gram"
@@ -104,7 +110,9 @@ def spectrum(difference: Difference, *, vectors: bool = False, device: str = "cp
     matrix = torch.empty(rows, columns, dtype=torch.float64, device=device) if whole else None
     gram = torch.zeros(columns, columns, dtype=torch.float64, device=device) if matrix is None else None
     squares = weight_squares = 0.0
+    noise = RoundingNoise(difference.rounded_to, columns)
     for first, base, part in difference.slabs():
+        noise.add(base, part)
         weight_squares += float(base.square().sum())
         squares += float(part.square().sum())
         part = part.to(device)
@@ -131,8 +139,24 @@ def spectrum(difference: Difference, *, vectors: bool = False, device: str = "cp
         values = eigenvalues.flip(0).clamp_min(0).sqrt()
         found = None if eigenvectors is None else eigenvectors.flip(1)
     return Spectrum(
-        values.cpu(), None if found is None else found.cpu(), by_rows, squares**0.5, weight_squares**0.5, method
+        values.cpu(), None if found is None else found.cpu(), by_rows, squares**0.5, weight_squares**0.5, method, noise
     )
+
+
+def _of_update(update: Update, vectors: bool) -> Spectrum:
+    """By the QR decompositions of both factors: D = Q_1 (R_1 R_2^T) Q_2^T, of which the middle one is [r, r]."""
+    rows, columns = update.shape
+    weight_squares = sum(float(base.square().sum()) for _, base, _ in update.slabs())
+    first, second = torch.linalg.qr(update.left), torch.linalg.qr(update.right.T)
+    left, values, right = torch.linalg.svd(first.R @ second.R.T, full_matrices=False)
+    by_rows = rows < columns
+    found = first.Q @ left if by_rows else second.Q @ right.T
+    every = torch.zeros(min(rows, columns), dtype=torch.float64)
+    every[: len(values)] = values[: len(every)]
+    return Spectrum(
+        every, found if vectors else None, by_rows, float(values.norm()), weight_squares**0.5, "factors",
+        RoundingNoise(None, columns),
+    )  # fmt: skip
 
 
 def factors(difference: Difference, found: Spectrum, rank: int, device: str = "cpu") -> tuple[Tensor, Tensor]:
