@@ -17,6 +17,7 @@ from nybble.nn.adapters import acting_parameters
 from nybble.planning import BUILT_IN, Work, estimate, plan, shape_of
 from nybble.planning import machine as machine_module
 from nybble.planning.choose import LOW_MEMORY, WAYS
+from nybble.planning.memory import CUDA_WORKSPACE
 from nybble.planning.work import (
     BASES,
     METHODS,
@@ -210,10 +211,22 @@ def test_a_quantized_checkpoint_leaves_what_needs_the_original_out(tmp_path: Pat
     assert command.startswith(f"nybble finetune {tmp_path / 'packed'} ")
 
 
+def test_gpus_decode_a_whole_weight_for_many_rows_only() -> None:
+    def workspace(device: str, seq: int) -> list[int]:
+        found = estimate(SHAPE, "lora", "nf4", Work(seq=seq, device=device))
+        words = ("partial sums", "largest weight")
+        return [line.bytes for line in found.lines if any(word in line.formula for word in words)]
+
+    assert workspace("cuda", 64) == [CUDA_WORKSPACE]
+    assert workspace("cuda", 2048) == [CUDA_WORKSPACE, 2 * SHAPE.ffn * SHAPE.hidden]
+    assert workspace("unified", 2048) == workspace("cpu", 2048) == []
+
+
 def test_other_devices_say_that_they_were_not_measured() -> None:
     for device in ("cuda", "unified"):
         found = plan("Llama-3.1-8B", 24e9, device=device)
         assert any("nothing of this has been measured" in note for note in found.notes)
+        assert any("where an installation has none" in note for note in found.notes)
     assert plan("Llama-3.1-8B", 24e9, device="unified").memory.system == 6e9
 
 

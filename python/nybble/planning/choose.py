@@ -274,9 +274,11 @@ def _notes(shape: Shape, work: Work) -> Iterator[str]:
             "a step's CPU time at hidden size 1,024"
         )
     if work.device != "cpu":
+        unit = {"cuda": "a GPU", "unified": "unified memory"}[work.device]
+        yield f"nothing of this has been measured on {unit}; the runtime's shares are assumptions"
         yield (
-            f"nothing of this has been measured on {'a GPU' if work.device == 'cuda' else 'unified memory'}: that the "
-            "largest weight is decoded as a whole, and the runtime's shares, are assumptions"
+            "counted is what nybble's kernels take; where an installation has none (nybble doctor tells), torch's "
+            "operations decode 4-bit weights, with 17 bytes for each of the largest one's"
         )
     if shape.context is not None and work.seq > shape.context:
         yield f"seq is {work.seq:,}; the model's longest text is {shape.context:,} tokens"

@@ -30,9 +30,11 @@ CUDA_CONTEXT = 600_000_000
 #: torch's CUDA allocator takes segments of 2 and 20 MB and rounds large ones up to 2 MB. An assumption.
 CUDA_ROUNDING = 0.03
 
-#: Bytes a weight that decoding takes where nybble has no kernels (`reference.dequantize_4bit`): codes as bytes and as
-#: int64, scales and values in fp32.
-DECODED = 1 + 8 + 4 + 4
+#: What the CUDA kernels of linear layers share on a stream: partial sums and counters (WORKSPACE_BYTES of csrc/cuda).
+CUDA_WORKSPACE = 17_825_792
+#: Rows from which a GPU decodes a weight as a whole and leaves its product to cuBLAS (csrc/cuda/choose.cpp: 1,024 on
+#: Hopper); the gradient of the inputs is computed on the packed bytes always. Metal's kernels never decode a whole one.
+CUDA_DECODES_FROM = 128
 
 PARTS = (
     "weights",
@@ -131,10 +133,12 @@ def _line(part: str, formula: str, count: float) -> Line:
 def _resident(shape: Shape, method: str, base: str, work: Work) -> list[Line]:
     """What is held all the time."""
     lines = _weights(shape, base)
-    if work.device != "cpu" and base == "nf4":
-        largest = max(m.out_features * m.in_features for m in shape.matrices if m.quantizable)
-        how = f"the largest weight, decoded by torch's operations: {DECODED} bytes x {largest:,}"
-        lines.append(_line("workspace", how, DECODED * largest))
+    if work.device == "cuda" and base == "nf4":
+        lines.append(_line("workspace", "partial sums of the kernels for linear layers", CUDA_WORKSPACE))
+        if work.batch * work.seq >= CUDA_DECODES_FROM:
+            largest = max(m.out_features * m.in_features for m in shape.matrices if m.quantizable)
+            how = f"the largest weight, decoded for many rows: {ACTIVATION} bytes x {largest:,}"
+            lines.append(_line("workspace", how, ACTIVATION * largest))
     if work.device == "cuda":
         lines.append(_line("runtime", "CUDA context and handles (assumed)", CUDA_CONTEXT))
     else:
