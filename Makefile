@@ -149,7 +149,7 @@ bench-planning: $(VENV)/.base
 	$(BIN)/python bench/plan.py all $(BENCH_ARGS)
 
 bench-cuda: $(VENV)/.bench
-	$(BIN)/python bench/cuda.py $(BENCH_ARGS)
+	$(BIN)/python bench/cuda_kernels.py $(BENCH_ARGS)
 
 # With the python3 that is there: on a GPU machine without network nothing can be installed.
 gpu-check:

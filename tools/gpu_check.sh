@@ -111,7 +111,7 @@ if [ $built = yes ]; then
 	"$python" -c 'import pytest_timeout' 2> /dev/null && extra+=(--timeout=120)
 	"$python" -c 'import xdist' 2> /dev/null && [ "$gpu" = yes ] && extra+=(-n 6)
 	stage tests 170 tests.log "$python" -m pytest tests/gpu -v -p no:cacheprovider --durations=10 "${extra[@]}"
-	stage bench 170 bench.log "$python" bench/cuda.py --limit 145 --json "$scratch/targets.json" "${dry[@]}"
+	stage bench 170 bench.log "$python" bench/cuda_kernels.py --limit 145 --json "$scratch/targets.json" "${dry[@]}"
 	if [ "$gpu" = no ]; then
 		note memcheck skipped 0 "no GPU"
 		note racecheck skipped 0 "no GPU"
@@ -126,8 +126,8 @@ if [ $built = yes ]; then
 		note memcheck FAILED 0 "compute-sanitizer is not on PATH"
 		failed=1
 	fi
-	stage step 80 bench.log "$python" bench/cuda.py --step --json "$scratch/step.json" "${dry[@]}"
-	stage sweep 90 bench.log "$python" bench/cuda.py --sweep --limit 70 --seconds 0.03 --json "$scratch/sweep.json" "${dry[@]}"
+	stage step 80 bench.log "$python" bench/cuda_kernels.py --step --json "$scratch/step.json" "${dry[@]}"
+	stage sweep 90 bench.log "$python" bench/cuda_kernels.py --sweep --limit 70 --seconds 0.03 --json "$scratch/sweep.json" "${dry[@]}"
 else
 	failed=1
 	note "the rest" skipped 0 "there is nothing to run: see build.log"

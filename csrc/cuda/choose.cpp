@@ -93,7 +93,7 @@ Choice with(const Kernel& kernel, const LinearArgs& args, const char* reason) {
 }
 
 // Rows of x from which dequantizing once and leaving the product to cuBLAS is expected to be faster than decoding every
-// tile anew. NOT measured yet: bench/cuda.py sweeps it.
+// tile anew. NOT measured yet: bench/cuda_kernels.py sweeps it.
 constexpr int64_t kDequantizeFromHopper = 1024;
 constexpr int64_t kDequantizeFrom = 128;
 

@@ -37,6 +37,16 @@ def test_the_report_reads_what_the_compiler_says() -> None:
     assert (kernel.registers, kernel.shared, kernel.stack, kernel.spills) == (168, 1024, 16, 64)
 
 
+def test_no_script_hides_a_package() -> None:
+    """A script's folder comes first in the path: torch's optional `cuda.bindings` would be bench/cuda.py."""
+    hidden = {"cuda", *(name for name in sys.stdlib_module_names)}
+    assert not hidden & {
+        script.stem for folder in ("bench", "tools", "examples") for script in (ROOT / folder).glob("*.py")
+    }
+    done = run("bench/gallery.py", "--help")
+    assert done.returncode == 0, done.stderr
+
+
 def test_names_are_short() -> None:
     full = "void nybble::cuda::(anonymous namespace)::tile<nybble::Bf16, (int)4, (bool)1>(nybble::cuda::Args<3>, int)"
     assert cuda_report.short_name(full) == "tile<Bf16, 4, 1>"
@@ -45,7 +55,7 @@ def test_names_are_short() -> None:
 @pytest.mark.parametrize("mode", [[], ["--sweep"]], ids=["targets", "sweep"])
 def test_every_line_of_the_bench_runs(mode: list[str], tmp_path: Path) -> None:
     # Peers and the QLoRA step take a minute to import: `tools/gpu_check.sh --without-gpu` has them.
-    done = run("bench/cuda.py", "--dry-run", "--no-peers", "--json", str(tmp_path / "out.json"), *mode)
+    done = run("bench/cuda_kernels.py", "--dry-run", "--no-peers", "--json", str(tmp_path / "out.json"), *mode)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "the numbers mean nothing" in done.stdout and len(done.stdout) < 8000
     cases = json.loads((tmp_path / "out.json").read_text())["cases"]
@@ -57,7 +67,7 @@ def test_every_line_of_the_bench_runs(mode: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_there_is_one_sentence_and_status_2() -> None:
-    done = run("bench/cuda.py")
+    done = run("bench/cuda_kernels.py")
     assert done.returncode == 2 and done.stdout.count("\n") == 1 and not done.stderr
 
 

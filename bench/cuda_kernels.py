@@ -1,8 +1,8 @@
 """Speed on an NVIDIA GPU beside cuBLAS and bitsandbytes, the ceilings measured in the same run, and the targets.
 
-python bench/cuda.py [--quick] [--shape N,K ...] [--m M ...] [--seconds S] [--json FILE]
-python bench/cuda.py --sweep      every kernel over the number of rows: where choose.cpp should change its mind
-python bench/cuda.py --step       a QLoRA step of a Llama of 1B parameters beside transformers, PEFT and bitsandbytes
+python bench/cuda_kernels.py [--quick] [--shape N,K ...] [--m M ...] [--seconds S] [--json FILE]
+python bench/cuda_kernels.py --sweep  every kernel over the number of rows: where choose.cpp should change its mind
+python bench/cuda_kernels.py --step   a QLoRA step of a Llama of 1B parameters beside transformers, PEFT and bitsandbytes
 
 NF4, block 64, double quantization, bf16. Weights are cold: copies of at least 200 MB take turns (cuda_timing). Without
 a GPU: one sentence and status 2; `--dry-run` then runs the same lines on the CPU, tiny; its numbers mean nothing.
@@ -356,11 +356,13 @@ def main() -> int:
     args = parse()
     if not args.dry_run:
         if not torch.cuda.is_available():
-            print("bench/cuda.py measures on an NVIDIA GPU, and torch finds none here (--dry-run only runs the code).")
+            print(
+                "bench/cuda_kernels.py measures on an NVIDIA GPU; torch finds none here (--dry-run only runs the code)."
+            )
             return 2
         reason = cuda.missing(torch.device("cuda", torch.cuda.current_device()))
         if reason:
-            print(f"bench/cuda.py measures nybble's CUDA kernels, and there are none: {reason}")
+            print(f"bench/cuda_kernels.py measures nybble's CUDA kernels, and there are none: {reason}")
             return 2
     torch.manual_seed(0)
     bench = Bench(args, Dry() if args.dry_run else Gpu())
