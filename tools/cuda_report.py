@@ -151,22 +151,16 @@ def count_instructions(binary: Path, cuobjdump: str) -> dict[str, dict[str, int]
     return {name: dict(count) for name, count in counts.items()}
 
 
-def wheel_sizes(folder: Path) -> dict[str, int]:
-    """Bytes of a wheel with the CUDA kernels and of what it would be without, and of the two shared objects."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--disable-pip-version-check",
-        "--no-deps",
-        "-w",
-        str(folder),
-    ]
+def build_wheel(folder: Path) -> Path:
+    """A wheel of this tree with the CUDA kernels."""
+    pip = [sys.executable, "-m", "pip", "wheel", "-q", "--disable-pip-version-check", "--no-deps", "-w", str(folder)]
     options = ["-C", "cmake.define.NYBBLE_CUDA=ON", "-C", f"build-dir={folder / 'build'}"]
-    subprocess.run([*command, *options, str(ROOT)], check=True)
-    wheel = next(folder.glob("nybble-*.whl"))
+    subprocess.run([*pip, *options, str(ROOT)], check=True)
+    return next(folder.glob("nybble-*.whl"))
+
+
+def wheel_sizes(wheel: Path) -> dict[str, int]:
+    """Bytes of a wheel with the CUDA kernels and of what it would be without, and of the two shared objects."""
     sizes = {"wheel": wheel.stat().st_size}
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():
@@ -230,6 +224,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="compilers at a time")
     parser.add_argument("--brief", action="store_true", help="one row for all instances of a template")
     parser.add_argument("--wheels", action="store_true", help="build a wheel too and tell sizes (minutes)")
+    parser.add_argument("--wheel", type=Path, help="tell the sizes of this one, which is built already")
     parser.add_argument("--cuobjdump", help="the disassembler, if it is neither on PATH nor in a triton package")
     parser.add_argument("--json", type=Path, help="write everything there as well")
     args = parser.parse_args()
@@ -258,7 +253,8 @@ def main() -> int:
         names = demangled([kernel.name for kernel in kernels])
         for kernel in kernels:
             kernel.name = names[kernel.name]
-        sizes = wheel_sizes(folder) if args.wheels else {}
+        wheel = build_wheel(folder) if args.wheels and args.wheel is None else args.wheel
+        sizes = wheel_sizes(wheel) if wheel is not None else {}
     return report(args, results, kernels, sizes, cuobjdump is not None, origin)
 
 

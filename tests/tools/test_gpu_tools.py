@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,29 @@ def test_no_script_hides_a_package() -> None:
     }
     done = run("bench/gallery.py", "--help")
     assert done.returncode == 0, done.stderr
+
+
+def test_sizes_of_a_wheel_are_those_of_its_shared_objects(tmp_path: Path) -> None:
+    wheel = tmp_path / "nybble-1.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:  # stored as it is, so nothing is compressed
+        for name, size in (
+            ("_core.abc.so", 30),
+            ("_core.pyi", 7),
+            ("_cuda.abc.so", 200),
+            ("_cuda.pyi", 7),
+            ("ops.py", 5),
+        ):
+            archive.writestr(f"nybble/{name}", b"x" * size)
+    found = cuda_report.wheel_sizes(wheel)
+    size = wheel.stat().st_size
+    assert found == {
+        "wheel": size,
+        "_core": 30,
+        "_core in the wheel": 30,
+        "_cuda": 200,
+        "_cuda in the wheel": 200,
+        "wheel without CUDA": size - 200,
+    }
 
 
 def test_names_are_short() -> None:
