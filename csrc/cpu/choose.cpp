@@ -1,7 +1,6 @@
 #include "cpu/choose.h"
 
-#include <atomic>
-#include <cstdlib>
+#include "core/forcing.h"
 
 namespace nybble::cpu {
 
@@ -48,25 +47,7 @@ const Kernel& kTiles = kKernels[2];
 const Kernel& kTilesFew = kKernels[3];
 const Kernel& kInt8 = kKernels[4];
 
-const Kernel* find(const std::string& name) {
-  for (const Kernel& kernel : kKernels) {
-    if (name == kernel.name) return &kernel;
-  }
-  return nullptr;
-}
-
-const Kernel kNotRead = {};
-std::atomic<const Kernel*> forced{&kNotRead};
-
-const Kernel* forced_now() {
-  const Kernel* kernel = forced.load(std::memory_order_acquire);
-  if (kernel == &kNotRead) {
-    const char* name = std::getenv("NYBBLE_FORCE_KERNEL");
-    kernel = name != nullptr ? find(name) : nullptr;
-    forced.store(kernel, std::memory_order_release);
-  }
-  return kernel;
-}
+Forcing<Kernel> forcing(kKernels, "NYBBLE_FORCE_KERNEL");
 
 bool can_run(const Kernel& kernel, const KernelTable& table, const LinearArgs& args) {
   return table.*kernel.entry != nullptr && kernel.can_run(args);
@@ -87,7 +68,7 @@ constexpr int64_t kTilesFrom = 5;
 }  // namespace
 
 Choice choose_linear(const KernelTable& table, const LinearArgs& args) {
-  const Kernel* wanted = forced_now();
+  const Kernel* wanted = forcing.now();
   if (wanted != nullptr && can_run(*wanted, table, args)) return with(*wanted, table, args, "it was forced");
   const bool tiles = can_run(kTiles, table, args);
   if (wants_int8(args) && args.m <= kExactRows && can_run(kSmallM, table, args)) {
@@ -117,22 +98,8 @@ Choice choose_linear(const KernelTable& table, const LinearArgs& args) {
   return with(kSmallM, table, args, "few rows of x: bound by reading the weight, decoded in registers");
 }
 
-std::string forced_kernel() {
-  const Kernel* kernel = forced_now();
-  return kernel != nullptr ? kernel->name : "";
-}
-
-bool force_kernel(const std::string& name) {
-  const Kernel* kernel = find(name);
-  if (kernel == nullptr && !name.empty()) return false;
-  forced.store(kernel, std::memory_order_release);
-  return true;
-}
-
-std::string kernel_names() {
-  std::string names;
-  for (const Kernel& kernel : kKernels) names += (names.empty() ? "" : ", ") + std::string(kernel.name);
-  return names;
-}
+std::string forced_kernel() { return forcing.name(); }
+bool force_kernel(const std::string& name) { return forcing.force(name); }
+std::string kernel_names() { return forcing.names(); }
 
 }  // namespace nybble::cpu

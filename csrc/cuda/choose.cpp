@@ -1,7 +1,6 @@
 #include "cuda/choose.h"
 
-#include <atomic>
-#include <cstdlib>
+#include "core/forcing.h"
 
 namespace nybble::cuda {
 
@@ -62,25 +61,7 @@ const Kernel& kFp32 = kKernels[3];
 const Kernel& kInt8 = kKernels[4];
 const Kernel& kDequantizeKernel = kKernels[5];
 
-const Kernel* find(const std::string& name) {
-  for (const Kernel& kernel : kKernels) {
-    if (name == kernel.name) return &kernel;
-  }
-  return nullptr;
-}
-
-const Kernel kNotRead = {};
-std::atomic<const Kernel*> forced{&kNotRead};
-
-const Kernel* forced_now() {
-  const Kernel* kernel = forced.load(std::memory_order_acquire);
-  if (kernel == &kNotRead) {
-    const char* name = std::getenv("NYBBLE_FORCE_CUDA_KERNEL");
-    kernel = name != nullptr ? find(name) : nullptr;
-    forced.store(kernel, std::memory_order_release);
-  }
-  return kernel;
-}
+Forcing<Kernel> forcing(kKernels, "NYBBLE_FORCE_CUDA_KERNEL");
 
 const char* compute_of(const Kernel& kernel, const LinearArgs& args) {
   if (&kernel == &kInt8) return "int8 x int8, int32 accumulation";
@@ -100,7 +81,7 @@ constexpr int64_t kDequantizeFrom = 128;
 }  // namespace
 
 Choice choose_linear(const LinearArgs& args, const Device& device) {
-  const Kernel* wanted = forced_now();
+  const Kernel* wanted = forcing.now();
   if (wanted != nullptr && wanted->can_run(args, device)) return with(*wanted, args, "it was forced");
   if (!allows_exact(args) && !runs_small_m(args, device)) {
     return with(kInt8, args, "int8 compute was asked for: rows of x are quantized on the fly, one scale a row");
@@ -124,22 +105,8 @@ Choice choose_linear(const LinearArgs& args, const Device& device) {
                               : "this GPU has no tensor cores that a whole warpgroup uses");
 }
 
-std::string forced_kernel() {
-  const Kernel* kernel = forced_now();
-  return kernel != nullptr ? kernel->name : "";
-}
-
-bool force_kernel(const std::string& name) {
-  const Kernel* kernel = find(name);
-  if (kernel == nullptr && !name.empty()) return false;
-  forced.store(kernel, std::memory_order_release);
-  return true;
-}
-
-std::string kernel_names() {
-  std::string names;
-  for (const Kernel& kernel : kKernels) names += (names.empty() ? "" : ", ") + std::string(kernel.name);
-  return names;
-}
+std::string forced_kernel() { return forcing.name(); }
+bool force_kernel(const std::string& name) { return forcing.force(name); }
+std::string kernel_names() { return forcing.names(); }
 
 }  // namespace nybble::cuda

@@ -22,13 +22,6 @@ constexpr int kMapAt = kTableAt + kCodeTable * 4;
 constexpr int kWeightAt = kMapAt + kScaleMap * 4;
 constexpr int kInputAt = kWeightAt + kDepth * kColumns * 4;
 
-struct Plan {
-  int64_t row_tiles, column_tiles;
-  int parts;
-  bool vector_x, vector_out;
-  bool units;  // see has_whole_units
-};
-
 // Where column `column` of line k lies in the weight's tile: groups of 4 columns swizzled, so that neither lanes that
 // store 4 columns, of 2 lines and 4 units of 32 columns, nor lanes that read 8 groups beside each other meet in a bank.
 __device__ __forceinline__ int weight_place(int k, int column) {
@@ -289,7 +282,7 @@ __device__ __forceinline__ void store(const Sums<Rows>& sums, const LinearArgs& 
 
 template <bool Grad, int Rows>
 __global__ void __launch_bounds__(kThreads, Rows >= 64 ? 2 : 3)
-    multiply_fp32(const LinearArgs args, const Plan plan, unsigned char* workspace) {
+    multiply_fp32(const LinearArgs args, const TilePlan plan, unsigned char* workspace) {
   unsigned char* shared = shared_memory();
   int64_t row_tile, column_tile;
   place_of(blockIdx.x, plan.row_tiles, plan.column_tiles, &row_tile, &column_tile);
@@ -321,20 +314,11 @@ __global__ void __launch_bounds__(kThreads, Rows >= 64 ? 2 : 3)
 
 template <bool Grad, int Rows>
 Status run(const LinearArgs& args, const Device& device, const Place& place) {
-  Plan plan;
-  plan.row_tiles = divide_up(args.m, Rows);
-  plan.column_tiles = divide_up(args.columns(), kColumns);
-  plan.vector_x = aligned_16(args.x) && args.x_stride % 4 == 0 && args.contraction() % 4 == 0;
-  plan.vector_out = aligned_16(args.out) && args.columns() % 4 == 0;
-  plan.units = has_whole_units(args.weight);
-  const int64_t tiles = plan.row_tiles * plan.column_tiles;
-  const int64_t steps = divide_up(args.contraction(), kDepth);
-  if (tiles > INT32_MAX) return bad_argument("m", args.m);
-  if (steps > INT32_MAX - 8) return bad_argument(Grad ? "out_features" : "in_features", args.contraction());
-  plan.parts = parts_of(tiles, steps, int64_t{Rows} * kColumns * 4, 3, device);
+  TilePlan plan;
+  const Status planned = plan_tiles(args, device, Rows, kColumns, kDepth, 4, 3, &plan);
+  if (!planned.ok()) return planned;
   const size_t bytes = static_cast<size_t>(kInputAt) + size_t{Rows} * kDepth * 4;
-  return launch<&multiply_fp32<Grad, Rows>>(dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(plan.parts)),
-                                            kThreads, bytes, place, args, plan,
+  return launch<&multiply_fp32<Grad, Rows>>(grid_of(plan), kThreads, bytes, place, args, plan,
                                             static_cast<unsigned char*>(place.workspace));
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 #include "cuda/device.cuh"
 #include "cuda/kernels.h"
+#include "cuda/weights.cuh"
 
 namespace nybble::cuda {
 
@@ -27,6 +28,34 @@ inline int parts_of(int64_t tiles, int64_t steps, int64_t tile_bytes, int blocks
   const int64_t wanted = int64_t{device.multiprocessors} * blocks / tiles;
   const int64_t parts = smaller(smaller(wanted, steps / kLeastSteps), room);
   return parts < 1 ? 1 : static_cast<int>(smaller(parts, 64));
+}
+
+struct TilePlan {
+  int64_t row_tiles, column_tiles;
+  int parts;
+  bool vector_x, vector_out;  // rows begin, and end, at whole 16 bytes
+  bool units;                 // see has_whole_units
+};
+
+// For tiles of `rows` x `columns` fp32 sums and steps of `depth`, `blocks` of them on a multiprocessor at once;
+// `numbers`: how many of x are 16 bytes.
+inline Status plan_tiles(const LinearArgs& args, const Device& device, int rows, int columns, int depth, int numbers,
+                         int blocks, TilePlan* plan) {
+  plan->row_tiles = divide_up(args.m, rows);
+  plan->column_tiles = divide_up(args.columns(), columns);
+  plan->vector_x = aligned_16(args.x) && args.x_stride % numbers == 0 && args.contraction() % numbers == 0;
+  plan->vector_out = aligned_16(args.out) && args.columns() % numbers == 0;
+  plan->units = has_whole_units(args.weight);
+  const int64_t tiles = plan->row_tiles * plan->column_tiles;
+  const int64_t steps = divide_up(args.contraction(), depth);
+  if (tiles > INT32_MAX) return bad_argument("m", args.m);
+  if (steps > INT32_MAX - 8) return bad_argument(args.grad_input ? "out_features" : "in_features", args.contraction());
+  plan->parts = parts_of(tiles, steps, int64_t{rows} * columns * 4, blocks, device);
+  return success();
+}
+
+inline dim3 grid_of(const TilePlan& plan) {
+  return dim3(static_cast<unsigned>(plan.row_tiles * plan.column_tiles), static_cast<unsigned>(plan.parts));
 }
 
 // Adds up what the blocks of all parts of a tile have in `sums`, in the order of the parts: the same bits whichever
