@@ -2,7 +2,7 @@
 
 python bench/cuda_kernels.py [--quick] [--shape N,K ...] [--m M ...] [--seconds S] [--json FILE]
 python bench/cuda_kernels.py --sweep  every kernel over the number of rows: where choose.cpp should change its mind
-python bench/cuda_kernels.py --step   a QLoRA step of a Llama of 1B parameters beside transformers, PEFT and bitsandbytes
+python bench/cuda_kernels.py --step   a QLoRA step of a 1B Llama beside transformers with PEFT and bitsandbytes
 
 NF4, block 64, double quantization, bf16. Weights are cold: copies of at least 200 MB take turns (cuda_timing). Without
 a GPU: one sentence and status 2; `--dry-run` then runs the same lines on the CPU, tiny; its numbers mean nothing.

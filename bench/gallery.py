@@ -32,7 +32,7 @@ import methods
 import nybble
 from nybble import QuantConfig
 from nybble.demo import bible
-from nybble.planning.plots import plot_spectra
+from nybble.planning.plots import spectra_curves
 
 Content = dict[str, Any]
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,11 +99,11 @@ def speed(args: argparse.Namespace) -> Content:
 
 
 def rank(args: argparse.Namespace) -> Content:
-    """bench/lowrank.py full. The spectra are drawn here: all singular values are too much to keep beside the plots."""
+    """bench/lowrank.py full. Of the singular values, the curves that are drawn are kept."""
     out = args.work / "lowrank"
     subprocess.run([sys.executable, str(LOWRANK), "full", "--out", str(out)], check=True)
-    plot_spectra(json.loads((out / "rank" / "rank.json").read_text(encoding="utf-8")), args.out / "rank-spectra.svg")
-    return json.loads((out / "full.json").read_text(encoding="utf-8"))
+    report = json.loads((out / "rank" / "rank.json").read_text(encoding="utf-8"))
+    return {**json.loads((out / "full.json").read_text(encoding="utf-8")), "curves": spectra_curves(report)}
 
 
 def intrinsic(args: argparse.Namespace) -> Content:

@@ -50,8 +50,8 @@ def plot_spectra(report: dict[str, Any], path: str | Path | IO[bytes]) -> None:
     """Singular values by kind of layer, and how much of the rank keeps 90% of the energy, block by block.
 
     Left: the median over a kind's layers of every singular value, relative to the layer's largest, over its place as a
-    share of the full rank. Right: rank_90 of every layer, in the order of the blocks; the dashed lines are the full
-    ranks.
+    share of the full rank; dotted, where rounding is a part of the change: what rounding alone reaches at most. Right:
+    rank_90 of every layer as a share of its full rank, in the order of the blocks.
 
     Args:
         report: what rank.json holds. path: a file (.svg, .png, .pdf), or a binary stream for SVG.
@@ -60,36 +60,83 @@ def plot_spectra(report: dict[str, Any], path: str | Path | IO[bytes]) -> None:
         ValueError: the report has no changed weight.
         ImportError: matplotlib is missing; says what to install.
     """
+    draw_spectra(spectra_curves(report), path)
+
+
+#: Singular values that a curve keeps, at places that are evenly spread on the logarithmic axis.
+_POINTS = 96
+
+
+def spectra_curves(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `draw_spectra` draws of a report, by kind of layer, in numbers of four digits.
+
+    Raises:
+        ValueError: the report has no changed weight.
+    """
     if not report["layers"]:
         raise ValueError("report: no weight changed, there is nothing to plot")
-    figure = _figure(11, 4.6)
-    import matplotlib
-
-    left, right = figure.subplots(1, 2)
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(report["layers"], key=lambda row: in_order(row["name"])):
         groups.setdefault(row["kind"], []).append(row)
-    colors = matplotlib.colormaps["tab10" if len(groups) <= 10 else "tab20"]
-    for index, (kind, rows) in enumerate(groups.items()):
-        color = colors(index % colors.N)
-        places, medians = _median_curve([row["singular_values"] for row in rows])
-        left.plot(places, medians, color=color, linewidth=1.6, label=kind)
-        right.plot(range(len(rows)), [row["rank_90"] for row in rows], "o-", color=color, markersize=3, label=kind)
-    left.set(
-        xlabel="place, share of the full rank", ylabel="singular value, share of the largest", yscale="log",
-        title="singular values of what training changed",
-    )  # fmt: skip
-    left.set_xscale("log")
-    left.set_ylim(bottom=max(1e-6, left.get_ylim()[0]), top=1.3)
-    for full in sorted({min(row["shape"]) for row in report["layers"]}):
-        right.axhline(full, color="0.6", linewidth=0.8, linestyle="--")
-    right.set(
-        xlabel="layer of its kind", ylabel="rank", yscale="log", title="rank that keeps 90% of the energy"
-    )  # fmt: skip
-    right.set_ylim(bottom=0.9)
+    return {kind: _curve(rows) for kind, rows in groups.items()}
+
+
+def _curve(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    from statistics import median
+
+    places, medians = _median_curve([row["singular_values"] for row in rows])
+    n = len(places)
+    kept = sorted({min(n - 1, round(n ** (i / (_POINTS - 1))) - 1) for i in range(_POINTS)})
+    edges = [
+        row["noise_edge"] / row["singular_values"][0]
+        for row in rows
+        if row.get("noise_edge") is not None and row["noise_share"] >= 1e-3
+    ]
+    return {
+        "places": [_short(places[i]) for i in kept],
+        "values": [_short(medians[i]) for i in kept],
+        "rounding": _short(median(edges)) if edges else None,
+        "rank_90": [_short(row["rank_90"] / min(row["shape"])) for row in rows],
+    }
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def draw_spectra(curves: dict[str, dict[str, Any]], path: str | Path | IO[bytes]) -> None:
+    """See `plot_spectra`; curves: what `spectra_curves` makes of a report."""
+    figure = _figure(7.6, 4.4)
+    import matplotlib
+    from matplotlib.ticker import NullLocator, PercentFormatter
+
+    left, right = figure.subplots(1, 2)
+    colors = matplotlib.colormaps["tab10" if len(curves) <= 10 else "tab20"]
+    for index, (kind, curve) in enumerate(curves.items()):
+        color, shares = colors(index % colors.N), curve["rank_90"]
+        left.plot(curve["places"], curve["values"], color=color, linewidth=1.8, label=kind)
+        if curve["rounding"] is not None:
+            left.axhline(curve["rounding"], color=color, linewidth=1, linestyle=":")
+        style = "o-" if len(shares) > 1 else "D"
+        right.plot(range(len(shares)), shares, style, color=color, markersize=3 if len(shares) > 1 else 6)
+    left.set(xscale="log", yscale="log", xlabel="place, share of the full rank", ylabel="share of the largest")
+    left.set_title("Singular values of the change", loc="left", fontsize=10.5, fontweight="bold")
+    left.set_ylim(bottom=max(1e-4, left.get_ylim()[0]), top=1.4)
+    ticks = [tick for tick in (0.001, 0.01, 0.1, 1) if tick >= min(min(curve["places"]) for curve in curves.values())]
+    left.set_xticks(ticks, [f"{tick:.1%}".replace(".0%", "%") for tick in ticks])
+    left.xaxis.set_minor_locator(NullLocator())
+    right.set(ylim=(0, 1), xlabel="block", ylabel="share of the full rank")
+    right.set_title("Rank that keeps 90% of the energy", loc="left", fontsize=10.5, fontweight="bold")
+    right.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+    right.xaxis.get_major_locator().set_params(integer=True)
     for axes in (left, right):
-        axes.grid(alpha=0.3)
-    right.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+        axes.grid(alpha=0.3, linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+    dotted = any(curve["rounding"] is not None for curve in curves.values())
+    figure.legend(
+        *left.get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(curves)), frameon=False,
+        title="dotted: what rounding alone reaches at most" if dotted else None,
+    )  # fmt: skip
     _save(figure, path)
 
 
