@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CalibrationError
+from ..nn.lean_products import lean_products
 from ..training.evaluate import check_length, check_vocabulary, perplexity_of
 from .blocks import find_stack
 
@@ -126,7 +127,7 @@ def compare(
     if not count:
         raise ValueError(f"tokens: {tokens.numel()} are fewer than one window of {window}")
     sums = _Sums()
-    with _evaluated(a), _evaluated(b), torch.no_grad():
+    with _evaluated(a), _evaluated(b), lean_products(), torch.no_grad():
         for model, name in ((a, "a"), (b, "b")):
             _check_causal(model, tokens, name)
         blocks = _blocks(a), _blocks(b)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn.adapters import Which, adapted_modules, set_adapter, share_selection
+from ..nn.lean_products import lean_products
 from ..nn.virtual import VirtualTokens, virtual_tokens
 from .lean_step import Build, LeanStep, build_of, enter
 
@@ -179,7 +180,8 @@ class Batch:
             inputs["position_ids"] = (places - pads).clamp_(min=0) if any(self.pads) else places
         if "logits_to_keep" in traits.takes:
             inputs["logits_to_keep"] = 1
-        output = traits.model(input_ids=ids, **inputs)
+        with lean_products():
+            output = traits.model(input_ids=ids, **inputs)
         self.length += count
         return output.logits[:, -1].float()
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .data.rows import IGNORE, Rows
 from .distributed.world import ALONE, World
 from .evaluating import evaluating
-from .lean_products import lean_products
+from ..nn.lean_products import lean_products
 from .loss import CausalLoss
 
 

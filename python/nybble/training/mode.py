@@ -70,7 +70,7 @@ def training_mode(model: nn.Module, config: TrainConfig, keep_heap: bool = True)
         if config.fused and on_cpu:
             from .lean import lean
             from .lean_attention import lean_attention
-            from .lean_products import lean_products
+            from ..nn.lean_products import lean_products
 
             stack.enter_context(lean_products())
             stack.enter_context(lean_attention())

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nybble.backends import products
-from nybble.training import lean_products as module
-from nybble.training.lean_products import lean_products
+from nybble.nn import lean_products as module
+from nybble.nn.lean_products import lean_products
 
 
 @pytest.fixture(autouse=True)
