@@ -129,3 +129,16 @@ def test_a_frozen_layer_computes_no_gradient_of_its_own(calls: list[torch.dtype]
     with lean_products():
         layer(x).sum().backward()
     assert len(calls) == 2 and layer.weight.grad is None
+
+
+def test_few_rows_without_gradients_are_left_to_torch(calls: list[torch.dtype]) -> None:
+    layer = nn.Linear(16, 24, bias=False).to(torch.bfloat16)
+    x = torch.randn(2, 4, 16).to(torch.bfloat16)
+    with lean_products():
+        layer(x[:, :3])  # with gradients: its backward pass has as few rows, but must not be torch's
+        assert len(calls) == 1
+        with torch.no_grad():
+            assert torch.equal(layer(x[:, :3]), module._torchs(x[:, :3], layer.weight))
+            assert len(calls) == 1
+            layer(x)
+        assert len(calls) == 2

@@ -14,6 +14,11 @@ from torch import Tensor
 from ..backends.products import emulated, plain, product
 
 
+_FEW = 8
+"""Rows of x below which, without gradients, torch's own product is as fast: nothing shares the fp32 copies of the
+weight. Measured on AVX2 (weights of 1024 x 1024 to 32000 x 1024): 1 row 0.2 to 0.3 of the time, 8 rows 0.6 to 1.1."""
+
+
 class _Linear(torch.autograd.Function):
     """x [..., k] W^T + bias in `dtype`, to which the operands are rounded first, as autocast does."""
 
@@ -52,6 +57,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         dtypes = {torch.get_autocast_dtype("cpu")}
     dtype = dtypes.pop()
     if dtypes or not emulated(dtype) or not all(map(plain, operands)) or weight.dim() != 2 or input.dim() < 2:
+        return _torchs(input, weight, bias)
+    if input.numel() < _FEW * input.shape[-1] and not torch.is_grad_enabled():
         return _torchs(input, weight, bias)
     return _Linear.apply(input, weight, bias, dtype)
 
