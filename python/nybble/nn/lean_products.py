@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..backends.products import emulated, plain, product
 
-
 _FEW = 8
 """Rows of x below which, without gradients, torch's own product is as fast: nothing shares the fp32 copies of the
 weight. Measured on AVX2 (weights of 1024 x 1024 to 32000 x 1024): 1 row 0.2 to 0.3 of the time, 8 rows 0.6 to 1.1."""

@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..nn.lean_products import lean_products
 from .data.labelled import Labelled, LabelledBatch
 from .distributed.world import ALONE, World
 from .evaluating import evaluating
-from ..nn.lean_products import lean_products
 
 POOLINGS = ("mean", "cls", "last")
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from ..nn.lean_products import lean_products
 from .data.rows import IGNORE, Rows
 from .distributed.world import ALONE, World
 from .evaluating import evaluating
-from ..nn.lean_products import lean_products
 from .loss import CausalLoss
 
 

@@ -68,9 +68,9 @@ def training_mode(model: nn.Module, config: TrainConfig, keep_heap: bool = True)
         elif on_cpu and keep_heap:
             stack.enter_context(kept_heap())
         if config.fused and on_cpu:
+            from ..nn.lean_products import lean_products
             from .lean import lean
             from .lean_attention import lean_attention
-            from ..nn.lean_products import lean_products
 
             stack.enter_context(lean_products())
             stack.enter_context(lean_attention())
