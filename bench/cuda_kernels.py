@@ -18,6 +18,10 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+if __name__ == "cuda":
+    # torch's own import looks for a package of this name and would find this script beside whichever is being run.
+    raise ImportError("bench/cuda.py is a script and no package of CUDA's")
+
 import torch
 from cuda_contestants import (
     CHECKED_ROWS,
