@@ -55,11 +55,15 @@ def hadamard_transform(x: Tensor) -> Tensor:
     n = x.shape[-1]
     if n < 1 or n & (n - 1):
         raise ValueError(f"x: the last dimension must be a power of two, the shape is {list(x.shape)}")
-    result = x.reshape(-1, n)
+    result, inner = x.reshape(-1, n), 1
     for size in reversed(_factors(n)):
-        # The last axis is transformed and becomes the first; after all factors the axes stand as they stood.
-        matrix = _hadamard(size, x.dtype, x.device)
-        result = torch.matmul(matrix, result.reshape(-1, n // size, size).mT)
+        # One axis of the factors at a time, where it stands: no copy into another order in between.
+        matrix = _hadamard(size, x.dtype, x.device)  # symmetric
+        if inner == 1:
+            result = torch.matmul(result.reshape(-1, size), matrix)
+        else:
+            result = torch.matmul(matrix, result.view(-1, size, inner))
+        inner *= size
     return result.reshape(x.shape)
 
 
