@@ -19,6 +19,7 @@ exit status 75. --wordnet: directory with the data files of Debian's package wor
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -40,6 +41,7 @@ from nybble.checkpoint.adapter import CONFIG_NAME, WEIGHTS_NAME, read_adapter, w
 from nybble.cli.shared import load_tokenizer
 from nybble.demo import bible, smollm2
 from nybble.planning.extract import extract
+from nybble.planning.intrinsic import JSON_NAME as INTRINSIC_JSON
 from nybble.planning.intrinsic import IntrinsicConfig, IntrinsicReport, intrinsic
 from nybble.planning.noise import spacing
 from nybble.planning.rank import JSON_NAME, rank
@@ -49,9 +51,12 @@ from nybble.training.data import Labelled
 STEPS, BATCH, SEQ_LEN, LR = 96, 4, 256, 1e-4
 RANKS = (4, 16, 64, 256)
 WINDOW = 512
-TEXTS, HELD_OUT, MAX_LENGTH = 1500, 1500, 64
+#: Of each part of speech; tokens of a text.
+TEXTS, HELD_OUT, MAX_LENGTH = 300, 250, 12
+#: Numbers of WordNet's lexicographer files: adjectives, adverbs, nouns, verbs.
+PARTS = {"a": (0, 1, 44), "r": (2,), "n": tuple(range(3, 29)), "v": tuple(range(29, 44))}
 #: The middle first, so that an unfinished sweep tells most.
-DIMS = (10_000, 100_000, 1_000, 1_000_000, 100, 30_000, 3_000, 10, 300)
+DIMS = (1_000, 10_000, 100, 100_000, 10, 1_000_000)
 UNFINISHED = 75
 
 
@@ -208,21 +213,70 @@ def judged(directory: Path, base: Path, adapter: Path | None = None) -> float:
     return perplexity(model, tokens, WINDOW, batch_size=2)
 
 
+def gloss_parts(directory: Path, each: int, held_out: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """(texts to train on, held-out texts) with the part of speech that each describes, as many of every one."""
+    from methods_worker import gloss_rows
+
+    parts: dict[str, list[tuple[str, str]]] = {part: [] for part in PARTS}
+    for gloss, number in gloss_rows(directory):
+        part = next(name for name, numbers in PARTS.items() if int(number) in numbers)
+        parts[part].append((gloss, part))
+    train = [rows[i] for i in range(each) for rows in parts.values()]
+    return train, [rows[-1 - i] for i in range(held_out) for rows in parts.values()]
+
+
+def only_used(encoder: Any, *parts: Labelled) -> list[Labelled]:
+    """Leave of the encoder's word embeddings, in place, those of tokens that occur: the others move nothing."""
+    table = encoder.embeddings.word_embeddings
+    used = torch.cat([torch.tensor([parts[0].pad]), *(part.ids for part in parts)]).unique()
+    encoder.embeddings.word_embeddings = torch.nn.Embedding.from_pretrained(
+        table.weight.detach()[used.long()], freeze=False, padding_idx=int((used == parts[0].pad).nonzero())
+    )
+    encoder.config.vocab_size = len(used)
+    return [
+        dataclasses.replace(
+            part,
+            ids=torch.searchsorted(used, part.ids).int(),
+            pad=int((used == part.pad).nonzero()),
+        )
+        for part in parts
+    ]
+
+
+def take_over(source: Path, folder: Path) -> None:
+    """Full fine-tuning and the head alone are the same with and without SAID: what one sweep has, the other need not
+    train again."""
+    if (folder / INTRINSIC_JSON).exists() or not (source / INTRINSIC_JSON).exists():
+        return
+    report = IntrinsicReport.read(source / INTRINSIC_JSON)
+    report.settings["structure"], report.complete = True, False
+    report.runs = [run for run in report.runs if not run.dims]
+    report.trials = [trial for trial in report.trials if report.run(trial.name) is not None]
+    report.write(folder)
+
+
 def sweep(args: argparse.Namespace) -> None:
-    """The glosses of methods.py, fewer of them."""
-    from methods_worker import gloss_rows, minilm
+    """Which part of speech a gloss describes."""
+    from methods_worker import minilm
 
     if args.wordnet is None:
         sys.exit("intrinsic: --wordnet is needed")
     encoder, tokenizer = minilm()
-    rows = gloss_rows(args.wordnet)
-    names = tuple(sorted({label for _, label in rows}))
-    train, test = (Labelled.read(part, tokenizer, MAX_LENGTH, names) for part in (rows[:TEXTS], rows[-HELD_OUT:]))
-    config = IntrinsicConfig(epochs=args.epochs, dtype="bf16", step=args.step, head=args.head, structure=args.said)
+    rows = gloss_parts(args.wordnet, TEXTS, HELD_OUT)
+    names = tuple(sorted(PARTS))
+    train, test = only_used(encoder, *(Labelled.read(part, tokenizer, MAX_LENGTH, names) for part in rows))
+    config = IntrinsicConfig(
+        epochs=args.epochs, batch_size=16, step=args.step, head=args.head, structure=args.said,
+        tune_epochs=args.tune_epochs,
+    )  # fmt: skip
     folder = args.out / f"intrinsic-{args.head}{'-said' if args.said else ''}"
+    about = {"model": "all-MiniLM-L6-v2", "data": "WordNet 3.0, part of speech of a gloss", "max_length": MAX_LENGTH}
+    if args.said:
+        take_over(args.out / f"intrinsic-{args.head}", folder)
     report: IntrinsicReport = intrinsic(
         TextClassifier(encoder, len(names)), train, test, folder, config, dims=tuple(args.dims), seconds=args.seconds,
         progress=lambda name, done, total: print(f"{done} of {total} {name}", file=sys.stderr, flush=True),
+        about={**about, "machine": harness.machine()},
     )  # fmt: skip
     console = Console(width=140)
     console.print(report.table())
@@ -242,6 +296,7 @@ def main() -> None:
     parser.add_argument("--said", action="store_true", help="a scale for every block (nybble intrinsic --structure)")
     parser.add_argument("--dims", type=int, nargs="*", default=DIMS)
     parser.add_argument("--epochs", type=float, default=2)
+    parser.add_argument("--tune-epochs", type=float, default=0.5, help="of every trial of a learning rate")
     parser.add_argument("--step", type=float, default=IntrinsicConfig.step)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)

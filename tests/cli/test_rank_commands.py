@@ -116,7 +116,18 @@ def test_intrinsic(run: Run, tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     rows = [{"text": f"{word} {i}", "label": word} for i in range(20) for word in ("ark", "ox")]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    command = ("intrinsic", model, tmp_path / "data.jsonl", tmp_path / "out", "--epochs", 1, "--dims", "5,50")
+    command = (
+        "intrinsic",
+        model,
+        tmp_path / "data.jsonl",
+        tmp_path / "out",
+        "--epochs",
+        1,
+        "--dims",
+        "5,50",
+        "--rates",
+        "1,3",
+    )
     status, out, err = run(*command, "--seconds", 0)
     assert status == 0 and "not complete: the same command goes on" in out, err
     status, out, err = run(*command, "--pooling", "last")
@@ -124,9 +135,18 @@ def test_intrinsic(run: Run, tmp_path: Path) -> None:
     for text in ("d = 50", "everything", "the head alone", "most frequent class", "32 texts of 2 classes, 8 held out"):
         assert text in out
     assert "90% of full fine-tuning's accuracy" in out
-    assert json.loads((tmp_path / "out" / "intrinsic.json").read_text())["complete"]
+    content = json.loads((tmp_path / "out" / "intrinsic.json").read_text())
+    assert content["complete"] and len(content["trials"]) >= 8
+    assert content["about"]["model_dir"] == str(model) and content["about"]["max_length"] == 64
+    before = (tmp_path / "out" / "intrinsic.json").read_bytes()
+    status, _, err = run(*command, "--pooling", "last", "--seed", 1)
+    assert status == 1 and "holds a sweep whose seed is 0; give another directory" in err
+    assert (tmp_path / "out" / "intrinsic.json").read_bytes() == before
     for options, text in (
         (("--dims", "5,x"), "dims must be positive integers between commas, got '5,x'"),
+        (("--rates", "1,x"), "rates must be numbers above 0 between commas, got '1,x'"),
+        (("--rates", "0"), "rates must be one or more numbers above 0, got (0.0,)"),
+        (("--tune-fraction", 2), "tune_fraction must be a number above 0 and below 1, got 2.0"),
         (("--head", "no"), "head must be 'subspace' or 'trained', got 'no'"),
         (("--val-fraction", 0), "val_fraction must be above 0 without eval_data"),
     ):

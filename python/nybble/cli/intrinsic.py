@@ -23,6 +23,19 @@ def command(
     batch_size: Annotated[int, typer.Option("--batch-size", "-b", help="Texts in one forward pass.")] = 32,
     max_length: Annotated[int, typer.Option(help="Tokens of a text; longer ones are cut.")] = 64,
     pooling: Annotated[str, typer.Option(help="What the head reads: mean, cls or last.")] = "mean",
+    rates: Annotated[
+        str,
+        typer.Option(
+            help="Learning rates tried for every run, as factors of --step, --lr and (the head alone) --head-lr; 1: no "
+            "search."
+        ),
+    ] = "0.3,1,3",
+    tune_fraction: Annotated[
+        float, typer.Option(help="Share of the training texts that a tried rate is judged by.")
+    ] = 0.1,
+    tune_epochs: Annotated[
+        float | None, typer.Option(help="Passes over the texts when a rate is tried; as --epochs if not given.")
+    ] = None,
     step: Annotated[
         float, typer.Option(help="In a subspace: the learning rate is step / sqrt(d), at most lr * size / d.")
     ] = 16.0,
@@ -51,7 +64,10 @@ def command(
     from ..training.data import Labelled
     from .shared import load_model, progress_bar
 
-    config = IntrinsicConfig(epochs, batch_size, seed, dtype, step, lr, head_lr, head, structure)
+    config = IntrinsicConfig(
+        epochs, batch_size, seed, dtype, step, lr, head_lr, head, structure, parse_rates(rates), tune_fraction,
+        tune_epochs,
+    )  # fmt: skip
     wanted = parse_dims(dims)
     for path in (data, eval_data):
         if path is not None and not path.exists():
@@ -66,19 +82,31 @@ def command(
         test = Labelled.read(eval_data, tokenizer, max_length, train.names, name="eval_data")
     encoder: Any = getattr(model, "base_model", model)
     classifier = TextClassifier(encoder, len(train.names), pooling)
-    with progress_bar("training") as tick:
-        report = intrinsic(classifier, train, test, out, config, dims=wanted, seconds=seconds, progress=tick)
+    about = {
+        "model_dir": str(model_dir), "data": str(data), "eval_data": None if eval_data is None else str(eval_data),
+        "val_fraction": val_fraction, "max_length": max_length, "device": device,
+    }  # fmt: skip
+    try:
+        with progress_bar("training") as tick:
+            report = intrinsic(
+                classifier, train, test, out, config, dims=wanted, seconds=seconds, progress=tick, about=about
+            )
+    except KeyboardInterrupt:
+        typer.echo(f"interrupted; what was trained is in {out}, and the same command goes on", err=True)
+        raise
     console = Console(soft_wrap=True)
     console.print(report.table())
     console.print(
         f"{report.size:,} numbers move with z; {report.texts:,} texts of {report.classes} classes, "
-        f"{report.held_out:,} held out: a standard error of {0.5 / report.held_out**0.5:.1%} at most",
+        f"{report.held_out:,} held out",
         highlight=False,
     )
     for reading in report.readings():
         found = "not reached" if reading.d90 is None else f"d90 = {reading.d90:,}"
         between = "" if reading.below is None or reading.d90 is None else f" (not yet at {reading.below:,})"
-        console.print(f"{reading.what}, {reading.threshold:.1%}: {found}{between}", highlight=False)
+        console.print(
+            f"{reading.what}, {reading.threshold:.1%} ± {reading.error:.1%}: {found}{between}", highlight=False
+        )
     if report.unused:
         console.print(f"left out, as the output does not depend on them: {', '.join(report.unused)}", markup=False)
     console.print(f"written to {out}", markup=False, highlight=False)
@@ -95,6 +123,14 @@ def parse_dims(text: str) -> tuple[int, ...]:
     if not dims or min(dims) < 1:
         raise ValueError(f"dims must be positive integers between commas, got {text!r}")
     return dims
+
+
+def parse_rates(text: str) -> tuple[float, ...]:
+    """Numbers between commas, which `IntrinsicConfig` checks. Raises ValueError naming --rates."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(f"rates must be numbers above 0 between commas, got {text!r}") from None
 
 
 def register(app: typer.Typer) -> None:
