@@ -107,13 +107,16 @@ def rank(args: argparse.Namespace) -> Content:
 
 
 def intrinsic(args: argparse.Namespace) -> Content:
-    """bench/lowrank.py intrinsic."""
+    """bench/lowrank.py intrinsic, and with --said."""
     if args.wordnet is None:
         raise SystemExit("intrinsic needs --wordnet, the directory with data.noun of Debian's package wordnet-base")
     out = args.work / "lowrank"
     command = [sys.executable, str(LOWRANK), "intrinsic", "--out", str(out), "--wordnet", str(args.wordnet)]
-    subprocess.run(command, check=True)
-    return json.loads((out / "intrinsic-subspace" / "intrinsic.json").read_text(encoding="utf-8"))
+    content = {}
+    for options, folder in (([], "intrinsic-subspace"), (["--said"], "intrinsic-subspace-said")):
+        subprocess.run([*command, *options], check=True)
+        content[folder] = json.loads((out / folder / "intrinsic.json").read_text(encoding="utf-8"))
+    return {**content["intrinsic-subspace"], "said": content["intrinsic-subspace-said"]}
 
 
 #: Command: what measures, what draws.

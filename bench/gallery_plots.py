@@ -216,11 +216,11 @@ def rank(content: Content, folder: Path) -> list[Path]:
 
 
 def intrinsic(content: Content, folder: Path) -> list[Path]:
-    """One plot, `nybble intrinsic`'s own."""
+    """One plot, `nybble intrinsic`'s own, of the sweep and of the one with SAID beside it."""
     from nybble.planning.plots import plot_intrinsic
 
     path = folder / "intrinsic.svg"
-    plot_intrinsic(content, path)
+    plot_intrinsic(content, path, content.get("said"))
     return [path]
 
 

@@ -249,7 +249,8 @@ def take_over(source: Path, folder: Path) -> None:
     if (folder / INTRINSIC_JSON).exists() or not (source / INTRINSIC_JSON).exists():
         return
     report = IntrinsicReport.read(source / INTRINSIC_JSON)
-    report.settings["structure"], report.complete = True, False
+    report.settings |= {"structure": True, "scale_lr": IntrinsicConfig.scale_lr}
+    report.complete = False
     report.runs = [run for run in report.runs if not run.dims]
     report.trials = [trial for trial in report.trials if report.run(trial.name) is not None]
     report.write(folder)

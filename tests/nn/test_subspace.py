@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -65,6 +66,18 @@ def test_scales_count_as_dimensions_and_act_on_their_blocks() -> None:
         after = subspace.values()
     for name, old, new, parameter in zip(subspace.names, before, after, subspace._parameters_of, strict=True):
         assert torch.equal(new, parameter if ".layer.0." in name else old)
+
+
+def test_a_scale_moves_by_its_step() -> None:
+    plain, slow = (add_subspace(classifier(), 40, structure=True, scale_step=step) for step in (1.0, 0.25))
+    for subspace, change in ((plain, 0.5), (slow, 2.0)):
+        with torch.no_grad():
+            subspace.z.copy_(torch.linspace(-1, 1, 36))
+            subspace.scales.add_(change)
+    assert all(torch.equal(a, b) for a, b in zip(plain.values(), slow.values(), strict=True))
+    for step in (0.0, -1, math.inf, True):
+        with pytest.raises(ValueError, match=f"scale_step must be a number above 0, got {step}"):
+            add_subspace(classifier(), 40, structure=True, scale_step=step)
 
 
 def test_evaluations_keep_the_values_until_they_change() -> None:

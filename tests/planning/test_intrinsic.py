@@ -236,6 +236,22 @@ def test_the_head_can_be_trained_beside_the_subspace(tmp_path: Path) -> None:
         sweep(tmp_path / "other", IntrinsicConfig(head="trained", structure=True), dims=(3,))
 
 
+def test_scales_have_a_learning_rate_of_their_own() -> None:
+    config = replace(CONFIG, structure=True, scale_lr=0.02)
+    for name, factor in (("50", 1.0), ("50", 9.0), ("500", 1.0)):
+        model = classifier()
+        _, lr, _ = module._prepare(name, factor, model, config, [])
+        assert module._prepare(name, factor, classifier(), CONFIG, [])[1] == pytest.approx(lr)
+        subspace = model.get_submodule("subspace")
+        optimizer = torch.optim.Adam(subspace.parameters(), lr=lr)
+        for parameter in subspace.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()  # Adam's first step is the learning rate
+        z, scales = subspace.z, 1 + subspace.scale_step * (subspace.scales - 1)
+        torch.testing.assert_close(z.detach(), torch.full_like(z, -lr))
+        torch.testing.assert_close(scales.detach(), torch.full_like(scales, 0.98), atol=1e-5, rtol=0)
+
+
 def test_what_the_output_does_not_depend_on_is_left_out(tmp_path: Path) -> None:
     report = intrinsic(classifier(pooler=True), texts(16, 0), texts(9, 1), tmp_path / "out", CONFIG, dims=(5,))
     assert report.unused == ["encoder.pooler.dense.weight", "encoder.pooler.dense.bias"]
@@ -299,6 +315,7 @@ def test_bad_input_is_named(tmp_path: Path) -> None:
         intrinsic(model, train, odd, tmp_path / "out", CONFIG)
     for options, text in (
         ({"head": "no"}, "head must be 'subspace' or 'trained', got 'no'"),
+        ({"scale_lr": 0}, "scale_lr must be a number above 0, got 0"),
         ({"step": 0}, "step must be a number above 0, got 0"),
         ({"head_lr": float("nan")}, "head_lr must be a number above 0, got nan"),
         ({"epochs": -1}, "epochs must be a number above 0"),

@@ -47,6 +47,7 @@ def command(
     structure: Annotated[
         bool, typer.Option("--structure", help="SAID: a scale for every block, counted in d.")
     ] = False,
+    scale_lr: Annotated[float, typer.Option(help="Of the scales of --structure.")] = 1e-2,
     dtype: Annotated[str, typer.Option(help="fp32, or bf16: autocast.")] = "fp32",
     seed: Annotated[int, typer.Option(help="Of the projection and the order of the texts.")] = 0,
     seconds: Annotated[float | None, typer.Option(help="Begin no further run after so long.")] = None,
@@ -65,8 +66,8 @@ def command(
     from .shared import load_model, progress_bar
 
     config = IntrinsicConfig(
-        epochs, batch_size, seed, dtype, step, lr, head_lr, head, structure, parse_rates(rates), tune_fraction,
-        tune_epochs,
+        epochs, batch_size, seed, dtype, step, lr, head_lr, head, structure, scale_lr, parse_rates(rates),
+        tune_fraction, tune_epochs,
     )  # fmt: skip
     wanted = parse_dims(dims)
     for path in (data, eval_data):

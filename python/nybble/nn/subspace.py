@@ -7,6 +7,7 @@ numbers a parameter, where a dense one would take D x d.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 from typing import Any
 
@@ -31,11 +32,13 @@ class Subspace(nn.Module):
     Attributes:
         z: fp32 [dims], zeros at the start; without `structure` that is all that is trained.
         scales: fp32 [groups], ones at the start, with `structure`; else None. The first of `groups` goes with the
-            parameters of the first group, and so on.
+            parameters of the first group, and so on: they move by 1 + scale_step * (scale - 1) times P z.
         fastfood: P.
     """
 
-    def __init__(self, model: nn.Module, names: list[str], dims: int, seed: int, structure: bool) -> None:
+    def __init__(
+        self, model: nn.Module, names: list[str], dims: int, seed: int, structure: bool, scale_step: float
+    ) -> None:
         super().__init__()
         parameters = dict(model.named_parameters())
         owners = weight_owners(model)
@@ -55,6 +58,7 @@ class Subspace(nn.Module):
         self.fastfood = Fastfood(dims - len(self.groups), sum(self._sizes), seed).to(device)
         self.z = nn.Parameter(torch.zeros(self.fastfood.dims, device=device))
         self.scales = nn.Parameter(torch.ones(len(self.groups), device=device)) if structure else None
+        self.scale_step = scale_step
         self._kept: tuple[Any, list[Tensor]] | None = None
 
     @property
@@ -76,9 +80,10 @@ class Subspace(nn.Module):
     def _compute(self) -> list[Tensor]:
         # One split, whose gradient is one concatenation.
         pieces = self.fastfood(self.z).split(self._sizes)
+        factors = None if self.scales is None else 1 + self.scale_step * (self.scales - 1)
         result = []
         for index, (parameter, piece) in enumerate(zip(self._parameters_of, pieces, strict=True)):
-            moved = piece if self.scales is None else piece * self.scales[self._group_of[index]]
+            moved = piece if factors is None else piece * factors[self._group_of[index]]
             result.append(parameter.detach() + moved.view_as(parameter))
         return result
 
@@ -99,7 +104,13 @@ class Subspace(nn.Module):
 
 
 def add_subspace(
-    model: nn.Module, dims: int, *, seed: int = 0, structure: bool = False, exclude: Collection[str] = ()
+    model: nn.Module,
+    dims: int,
+    *,
+    seed: int = 0,
+    structure: bool = False,
+    scale_step: float = 1.0,
+    exclude: Collection[str] = (),
 ) -> Subspace:
     """Freeze a model and let its parameters move in a random subspace of `dims` dimensions, in place.
 
@@ -111,14 +122,16 @@ def add_subspace(
         seed: of the projection.
         structure: beside z, one scale for each block of the model (SAID: theta = theta_0 + scale_block P z). These
             scales are counted in `dims`.
+        scale_step: how far a block's scale goes when the trained number moves by one. z takes large steps, of the order
+            of one, which would turn a scale about; an optimizer like Adam then moves scales scale_step times as fast.
         exclude: names of parameters that are left as they are, trainable or not.
 
     Returns:
         The module with what is trained, `model.subspace`.
 
     Raises:
-        ValueError: dims is not possible; the model is quantized, has adapters, a subspace already, or parameters that
-            are not fp32; or a name in `exclude` is no parameter.
+        ValueError: dims or scale_step is not possible; the model is quantized, has adapters, a subspace already, or
+            parameters that are not fp32; or a name in `exclude` is no parameter.
     """
     quantized = [name for name, module in model.named_modules() if isinstance(module, QuantLinear)]
     if quantized or adapter_names(model):
@@ -138,7 +151,9 @@ def add_subspace(
         raise ValueError(f"model: {odd} has dtype {parameters[odd].dtype}; load it in torch.float32")
     if not names:
         raise ValueError("exclude: no parameter is left")
-    subspace = Subspace(model, names, dims, seed, structure)
+    if isinstance(scale_step, bool) or not isinstance(scale_step, int | float) or not 0 < scale_step < math.inf:
+        raise ValueError(f"scale_step must be a number above 0, got {scale_step!r}")
+    subspace = Subspace(model, names, dims, seed, structure, scale_step)
     for name in names:
         parameters[name].requires_grad_(False)
     setattr(model, NAME, subspace)

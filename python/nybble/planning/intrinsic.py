@@ -53,7 +53,8 @@ class IntrinsicConfig:
             beside a subspace if head is "trained"; for the probe, where the search begins.
         head: "subspace": the head moves in the subspace with the rest, and d is all that is trained. "trained": it is
             trained in full beside it, and d is what the encoder has.
-        structure: SAID, a scale for each block (`add_subspace`).
+        structure: SAID, a scale for each block (`add_subspace`). scale_lr: the learning rate of these scales, whatever
+            that of z, which is of the order of one and would turn a scale about in a few steps.
         rates: the learning rates that are tried for every run, as factors of where its search begins: no rate suits all
             d, nor a subspace and the whole model. (1.0,): no search. Each is judged by the loss on a share
             `tune_fraction` of the training texts, from their end, after training on the others; while the best is the
@@ -71,6 +72,7 @@ class IntrinsicConfig:
     head_lr: float = 1e-2
     head: str = "subspace"
     structure: bool = False
+    scale_lr: float = 1e-2
     rates: tuple[float, ...] = (0.3, 1.0, 3.0)
     tune_fraction: float = 0.1
     tune_epochs: float | None = None
@@ -79,7 +81,7 @@ class IntrinsicConfig:
         """Raises ValueError, naming the field."""
         if self.head not in ("subspace", "trained"):
             raise ValueError(f"head must be 'subspace' or 'trained', got {self.head!r}")
-        for name in ("step", "head_lr"):
+        for name in ("step", "head_lr", "scale_lr"):
             if not _positive(getattr(self, name)):
                 raise ValueError(f"{name} must be a number above 0, got {getattr(self, name)!r}")
         rates = self.rates
@@ -339,7 +341,7 @@ def intrinsic(
     counts = train.labels.bincount(minlength=model.classes)
     majority = float((held_out.labels == counts.argmax()).double().mean())
     tuning = _tuning(train, config)
-    settings = {
+    settings: dict[str, Any] = {
         **asdict(config),
         "rates": list(config.rates),
         "pooling": model.pooling,
@@ -348,6 +350,8 @@ def intrinsic(
         "held_out": fingerprint(held_out.tensors()),
     }
     told = {**(about or {}), **environment()}
+    if not config.structure:
+        del settings["scale_lr"]  # there are no scales
     report = IntrinsicReport(
         size, model.classes, len(train), len(held_out), majority, settings, unused=unused, about=told
     )
@@ -460,9 +464,11 @@ def _prepare(
         return 0, factor * config.head_lr, factor * config.head_lr
     dims = int(name)
     model.requires_grad_(False)
-    size = _subspace(model, dims, config, unused).size
+    subspace = _subspace(model, dims, config, unused)
+    lr = factor * config.subspace_lr(dims, subspace.size)
+    subspace.scale_step = config.scale_lr / lr
     model.head.requires_grad_(config.head == "trained")
-    return dims, factor * config.subspace_lr(dims, size), config.head_lr
+    return dims, lr, config.head_lr
 
 
 def _try(

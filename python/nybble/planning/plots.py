@@ -157,12 +157,13 @@ def _median_curve(spectra: list[list[float]]) -> tuple[list[float], list[float]]
     return [(place + 1) / n for place in range(n)], medians
 
 
-def plot_intrinsic(report: dict[str, Any], path: str | Path | IO[bytes]) -> None:
-    """Held-out accuracy over the dimensions of the subspace, beside full fine-tuning, a linear probe and the most
-    frequent class; circles mark d90.
+def plot_intrinsic(report: dict[str, Any], path: str | Path | IO[bytes], said: dict[str, Any] | None = None) -> None:
+    """Held-out accuracy over the dimensions of the subspace, with its standard error, beside full fine-tuning, a linear
+    probe and the most frequent class; circles mark d90.
 
     Args:
-        report: what intrinsic.json holds. path: a file (.svg, .png, .pdf), or a binary stream for SVG.
+        report: what intrinsic.json holds. said: the same of a sweep with structure, whose curve goes beside.
+        path: a file (.svg, .png, .pdf), or a binary stream for SVG.
 
     Raises:
         ValueError: the report has no run in a subspace.
@@ -173,10 +174,17 @@ def plot_intrinsic(report: dict[str, Any], path: str | Path | IO[bytes]) -> None
         raise ValueError("report: no run in a subspace, there is nothing to plot")
     figure = _figure(8, 5.6)
     axes = figure.subplots()
-    axes.plot(
-        [run["dims"] for run in curve], [100 * run["accuracy"] for run in curve], "o-", color="#1f4e8c",
-        label="random subspace of d dimensions",
-    )  # fmt: skip
+    curves = [(report, "o-", "#1f4e8c", "random subspace of d dimensions")]
+    if said is not None:
+        curves.append((said, "s--", "#7f8c8d", "the same with a scale for every block (SAID)"))
+    for source, style, color, label in curves:
+        runs = sorted((run for run in source["runs"] if run["dims"]), key=lambda run: run["dims"])
+        found = [run["accuracy"] for run in runs]
+        errors = [100 * math.sqrt(share * (1 - share) / source["held_out"]) for share in found]
+        axes.errorbar(
+            [run["dims"] for run in runs], [100 * share for share in found], errors, fmt=style, color=color, capsize=3,
+            label=label,
+        )  # fmt: skip
     lines = {run["name"]: run["accuracy"] for run in report["runs"] if run["name"] in ("full", "probe")}
     for name, label, color in (
         ("full", f"full fine-tuning ({report['size']:,} parameters)", "#c0392b"),
