@@ -179,10 +179,10 @@ def plot_intrinsic(report: dict[str, Any], path: str | Path | IO[bytes], said: d
         curves.append((said, "s--", "#7f8c8d", "the same with a scale for every block (SAID)"))
     for source, style, color, label in curves:
         runs = sorted((run for run in source["runs"] if run["dims"]), key=lambda run: run["dims"])
-        found = [run["accuracy"] for run in runs]
-        errors = [100 * math.sqrt(share * (1 - share) / source["held_out"]) for share in found]
+        shares = [run["accuracy"] for run in runs]
+        errors = [100 * math.sqrt(share * (1 - share) / source["held_out"]) for share in shares]
         axes.errorbar(
-            [run["dims"] for run in runs], [100 * share for share in found], errors, fmt=style, color=color, capsize=3,
+            [run["dims"] for run in runs], [100 * share for share in shares], errors, fmt=style, color=color, capsize=3,
             label=label,
         )  # fmt: skip
     lines = {run["name"]: run["accuracy"] for run in report["runs"] if run["name"] in ("full", "probe")}
