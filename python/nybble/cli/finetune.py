@@ -77,31 +77,34 @@ def command(
     In several processes: torchrun --nproc-per-node N -m nybble finetune ...
     """
     given = dict(locals())
-    chosen = Method(
-        method, rank, alpha, dropout, rslora, tuple(target or ()), size, placement, tokens, projection, prompt_text
-    )
-    names = {field.name for field in fields(TrainConfig)}
-    config = TrainConfig(out_dir=out, **{name: value for name, value in given.items() if name in names})
-    for path in (data, eval_data):
-        if path is not None and not path.exists():
-            raise FileNotFoundError(f"{path}: no such file or directory")
     import torch
 
-    from ..training.distributed.launch import launched_rank, local_device
+    from ..training.distributed.launch import joined, launched_rank, local_device
     from ..training.loop import finetune
     from ..training.methods import apply
     from .shared import load_model
 
-    full, shown = chosen.name == "full", launched_rank() == 0
-    # Weights that are trained themselves are kept in fp32: steps are smaller than bf16 can add.
-    model, tokenizer = load_model(model_dir, device=local_device(device), dtype=torch.float32 if full else None)
-    torch.manual_seed(seed)  # the adapter's first values
-    prepared = apply(model, chosen, tokenizer)
-    if shown:
-        typer.echo(f"method {chosen.name}: {prepared}", err=True)
-    report = finetune(
-        model, data, config, tokenizer=tokenizer, eval_data=eval_data, save=_whole_model(tokenizer) if full else None
-    )
+    full, shown = method == "full", launched_rank() == 0
+    names = {field.name for field in fields(TrainConfig)}
+    with joined(parallel, local_device(device)) as world:
+        with world.together():
+            targets = tuple(target or ())
+            sizes = (rank, alpha, dropout, rslora, targets, size, placement, tokens, projection, prompt_text)
+            chosen = Method(method, *sizes)
+            # Weights that are trained themselves are kept in fp32: steps are smaller than bf16 can add.
+            config = TrainConfig(
+                out_dir=out, fp32_weights=full, **{name: value for name, value in given.items() if name in names}
+            )
+            for path in (data, eval_data):
+                if path is not None and not path.exists():
+                    raise FileNotFoundError(f"{path}: no such file or directory")
+            model, tokenizer = load_model(model_dir, device=local_device(device))
+            torch.manual_seed(seed)  # the adapter's first values
+            prepared = apply(model, chosen, tokenizer)
+        if shown:
+            typer.echo(f"method {chosen.name}: {prepared}", err=True)
+        save = _whole_model(tokenizer) if full else None
+        report = finetune(model, data, config, tokenizer=tokenizer, eval_data=eval_data, save=save)
     if shown:
         _print_summary(report, goes_on=bool(save_every))
     if report.interrupted:

@@ -23,8 +23,19 @@ _CHOICES = {
 }
 
 # What may differ between a run and its continuation: none of it changes a bit of the result, but how many processes
-# there are, which changes the order of sums and is told.
-_FREE = ("out_dir", "plot", "log_every", "save_every", "keep_checkpoints", "tensorboard", "parallel", "low_memory")
+# there are, which changes the order of sums and is told; and fp32_weights, since the dtypes of what is trained are
+# compared themselves.
+_FREE = (
+    "fp32_weights",
+    "out_dir",
+    "plot",
+    "log_every",
+    "save_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "parallel",
+    "low_memory",
+)
 
 
 def _either(allowed: tuple[str, ...]) -> str:
@@ -97,6 +108,12 @@ class TrainConfig:
     )
     dtype: str = field(
         default="bf16", metadata=_help("bf16: autocast to bfloat16; fp32: no autocast, the model's own dtypes")
+    )
+    fp32_weights: bool = field(
+        default=False,
+        metadata=_help(
+            "trained weights become fp32 when the run begins, whatever they were loaded in; with fsdp a layer at a time"
+        ),
     )
     loss_chunk: int = field(default=256, metadata=_help("tokens whose logits exist at once in the loss"))
     val_fraction: float = field(

@@ -19,11 +19,11 @@ from ..checkpoint.writer import StorageFullError, full_disk_names
 from ..nn.adapters import acting_parameters, adapted_modules, adapter_names, adapter_parameters, require_names
 from . import state
 from .config import TrainConfig, learning_rate
-from .distributed.launch import open_world
+from .distributed.launch import idle_cores, open_world
 from .distributed.world import ALONE, World
 from .interrupt import Interrupt
 from .metrics import Display, MetricsFile, peak_memory_bytes
-from .mode import autocast, checkpointing, training_mode
+from .mode import autocast, checkpointing, training_mode, weights_dtype
 from .optim import clip_scale
 from .optimization import RunningMean, clipped_step, make_optimizer, set_learning_rate
 from .plot import plot_loss
@@ -98,7 +98,7 @@ def finetune(
             world.check(model, parameters, config)
         world.align(model)
         total_steps = config.total_steps(task.sequences)
-        out, found, notes = _open(model, config, task, parameters, world, stack)
+        out, found, notes = _open(model, config, task, parameters, world, stack, save is not None)
         report = TrainReport(trainable_parameters=sum(p.numel() for p in parameters.values()))
         report.metrics_path = None if out is None else out.metrics
         after = None if found is None else found.step
@@ -114,9 +114,12 @@ def finetune(
         if world.size > 1:
             share = config.batch_size // world.size
             display.say(f"{world.size} processes ({world.kind}), {share} rows of a batch each")
+            idle = idle_cores() if next(model.parameters()).device.type == "cpu" else None
+            if idle is not None:
+                display.say(idle)
         for note in (*told, *notes):
             display.say(note)
-        parameters = world.hold(model, parameters)
+        parameters = world.hold(model, parameters, weights_dtype(config))
         with torch.no_grad():
             world.run(task.prepare)
         run = Run(model, task, config, parameters, Recorder(report, metrics, display, config), out, save, world)
@@ -436,6 +439,7 @@ def _open(
     parameters: Mapping[str, nn.Parameter],
     world: World,
     stack: ExitStack,
+    own_save: bool,
 ) -> tuple[RunDirectory | None, state.Snapshot | None, list[str]]:
     """(the directory, to be closed by `stack`; the checkpoint to go on from; what to tell of damaged ones), of the
     first process. Raises ValueError where processes were not given the same."""
@@ -445,11 +449,14 @@ def _open(
         "config": config.identity(),
         "data": fingerprint(task.tensors()),
         "model": model_fingerprint(model, parameters),
-        "trained": {name: f"{p.dtype} {list(p.shape)}" for name, p in parameters.items()},
+        "trained": {name: f"{weights_dtype(config) or p.dtype} {list(p.shape)}" for name, p in parameters.items()},
     }
-    start = start_fingerprint(model, parameters)
-    same = {**identity, "trained weights": start, "out_dir": config.out_dir is None, "save_every": config.save_every}
-    world.agree({name: str(value) for name, value in same.items()})
+    start = start_fingerprint(model, parameters, weights_dtype(config))
+    # Also what does not change a result, where processes would wait for each other for ever.
+    free = {"parallel": world.kind, "save_every": config.save_every, "out_dir": config.out_dir is not None}
+    same = {f"config.{name}": value for name, value in (config.identity() | free).items()}
+    same |= {name: value for name, value in identity.items() if name != "config"} | {"trained weights": start}
+    world.agree({name: str(value) for name, value in {**same, "function that saves": own_save}.items()})
     out = None
     with world.together():
         if config.out_dir is not None and world.first:

@@ -19,6 +19,11 @@ def autocast(device: torch.device, config: TrainConfig) -> torch.autocast:
     return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.dtype == "bf16")
 
 
+def weights_dtype(config: TrainConfig) -> torch.dtype | None:
+    """What trained weights are cast to when a run begins; None: they stay as they are."""
+    return torch.float32 if config.fp32_weights else None
+
+
 def checkpointing(model: nn.Module, config: TrainConfig) -> str | None:
     """What the model calls it, if config wants it: transformers renamed its methods in 5.23 (the old name warns)."""
     if not config.gradient_checkpointing:

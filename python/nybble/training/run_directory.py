@@ -220,19 +220,23 @@ def model_fingerprint(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def start_fingerprint(model: nn.Module, trained: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the beginning of what is trained of the model itself; an adapter's first values may be drawn anew."""
+def start_fingerprint(model: nn.Module, trained: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> str:
+    """SHA-256 of the beginning of what is trained of the model itself; an adapter's first values may be drawn anew.
+
+    dtype: what it will be trained in, if it is to be cast.
+    """
     adapters = {id(p) for module in adapted_modules(model).values() for p in module.adapters.parameters()}
     digest = hashlib.sha256()
     for parameter in trained.values():
         if id(parameter) not in adapters:
-            digest.update(_beginning(parameter))
+            digest.update(_beginning(parameter, dtype))
     return digest.hexdigest()
 
 
-def _beginning(tensor: Tensor) -> memoryview:
+def _beginning(tensor: Tensor, dtype: torch.dtype | None = None) -> memoryview:
     flat = tensor.detach().reshape(-1)
-    return tensor_bytes(flat[: _SAMPLE // max(1, flat.element_size())])
+    dtype = dtype or flat.dtype
+    return tensor_bytes(flat[: _SAMPLE // max(1, dtype.itemsize)].to(dtype))
 
 
 def environment() -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from tiny import SENTENCES, ByteTokenizer, llama
+from tiny import SENTENCES, TEXT, ByteTokenizer, llama, write_model
 from tiny_models import bert
 
 import nybble
@@ -249,6 +249,30 @@ def mapped(directory: Path, parallel: str) -> list[str]:
     return [line for line in maps.read_text().splitlines() if str(path) in line] if maps.exists() else []
 
 
+def masters(directory: Path, parallel: str, whole: bool = False) -> Any:
+    """All weights of a bf16 model, trained in fp32; `whole`: cast before the run. With FSDP2 a layer is cast when it is
+    to be cut, and those after it are as they were."""
+    from torch.distributed import fsdp
+
+    model = llama(dtype=torch.bfloat16)
+    train_all(model.float() if whole else model)
+    shard = fsdp.fully_shard
+
+    def watched(unit: Any, **options: Any) -> Any:
+        inside = {id(p) for p in unit.parameters()}
+        uncut = [p for p in model.parameters() if not hasattr(p, "placements")]
+        assert all((p.dtype == torch.float32) == (id(p) in inside) for p in uncut)
+        return shard(unit, **options)
+
+    fsdp.fully_shard = watched  # type: ignore[assignment]  # for this run
+    try:
+        config = dataclasses.replace(CONFIG, parallel=parallel, lr=1e-3, steps=3, fp32_weights=not whole)
+        found = trained(model, config=config)
+    finally:
+        fsdp.fully_shard = shard
+    return {**found, "dtypes": {str(p.dtype) for p in model.parameters()}}
+
+
 # ---- what is refused -------------------------------------------------------------------------------------------------
 
 
@@ -298,9 +322,54 @@ def refusals(directory: Path, parallel: str) -> dict[str, str]:
     }
 
 
+def commands(directory: Path, parallel: str) -> dict[str, str]:
+    """The command line, where one process is given something else, or cannot load what it is given."""
+    from typer.testing import CliRunner
+
+    from nybble.cli.app import build
+
+    last = rank() == dist.get_world_size() - 1
+    if not rank():
+        write_model(directory / "model")
+        (directory / "text.txt").write_text(TEXT)
+    dist.barrier()
+
+    def run(model: str = "model", text: str = "text.txt", **options: Any) -> str:
+        given = {"steps": 1, "batch_size": 2, "seq_len": 16, "parallel": parallel, **options}
+        listed = [f"--{name.replace('_', '-')}={value}" for name, value in given.items()]
+        where = [str(directory / name) for name in (model, text, "command")]
+        result = CliRunner().invoke(build(), ["finetune", *where, *listed, "--no-plot"])
+        return "nothing" if result.exception is None else f"{type(result.exception).__name__}: {result.exception}"
+
+    return {
+        "model": run(model="no model" if last else "model"),
+        "text": run(text="none.txt" if last else "text.txt"),
+        "option": run(lr=-1 if last else 1e-4),
+        "parallel": run(parallel="fsdp" if last else "ddp"),
+        "lr": run(lr=1e-3 if last else 1e-4),
+        "rank": run(rank=8 if last else 4),
+        "after": run(),
+    }
+
+
 SCENARIOS: dict[str, Callable[[Path], Any]] = {
     f"{function.__name__}-{parallel}": partial(function, parallel=parallel)
-    for function in (nf4, full, bf16, mixed, classifier, methods, stopped, killed, revived, poison, mapped, refusals)
+    for function in (
+        nf4,
+        full,
+        bf16,
+        mixed,
+        classifier,
+        methods,
+        stopped,
+        killed,
+        revived,
+        poison,
+        mapped,
+        masters,
+        refusals,
+        commands,
+    )
     for parallel in ("none", "ddp", "fsdp")
 }
 SCENARIOS |= {

@@ -83,7 +83,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Any:
     directory = tmp_path_factory.mktemp("two")
     kinds = ("nf4", "full", "bf16", "mixed", "classifier", "stopped")
     names = [f"{kind}-{parallel}" for kind in kinds for parallel in PARALLEL]
-    others = ("methods", "refusals", "poison", "mapped")
+    others = ("methods", "refusals", "commands", "poison", "mapped", "masters")
     result = run_group(2, directory, [*names, *(f"{kind}-fsdp" for kind in others), "chain-fsdp-2", "killed-fsdp"])
     return directory, result
 
@@ -219,7 +219,9 @@ def test_what_cannot_be_is_refused_in_every_process(two: Any) -> None:
     for found in (first, last):
         assert found["rows"].startswith("ValueError: batch_size=5 is not a multiple of the 2 processes")
         assert found["data"].startswith("ValueError: processes 0 and 1 differ in their data")
-        assert found["seed"].startswith("ValueError: processes 0 and 1 differ in their config")
+        assert found["seed"].startswith(
+            "ValueError: processes 0 and 1 differ in their config.seed (0 and 1); give each"
+        )
         assert found["nan"].startswith("NonFiniteLossError: step 3: the loss is nan")
         assert "is sharded already (parallel='fsdp' leaves a model so)" in found["sharded"]
         assert found["after"] == "nothing"
@@ -228,3 +230,28 @@ def test_what_cannot_be_is_refused_in_every_process(two: Any) -> None:
     assert first["missing"].startswith("PeerError: process 1 failed: FileNotFoundError")
     assert first["occupied"].startswith("DestinationExistsError")
     assert last["occupied"].startswith("PeerError: process 0 failed: DestinationExistsError")
+
+
+def test_a_command_that_one_process_is_given_otherwise_is_refused_in_every_process(two: Any) -> None:
+    for found in two[1]("commands-fsdp"):
+        for name, what in (("parallel", "config.parallel (ddp and fsdp)"), ("lr", "config.lr (0.0001 and 0.001)")):
+            assert found[name].startswith(f"ValueError: processes 0 and 1 differ in their {what}; give each the same")
+        assert found["rank"].startswith("ValueError: processes 0 and 1 differ in their model's parameters")
+        assert found["after"] == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("model", "CheckpointNotFoundError"), ("text", "FileNotFoundError"), ("option", "ValueError")]
+)
+def test_others_hear_at_once_of_a_process_that_cannot_load(name: str, error: str, two: Any) -> None:
+    first, last = two[1]("commands-fsdp")
+    assert last[name].startswith(f"{error}: ")
+    assert first[name].startswith(f"PeerError: process 1 failed: {last[name]}")
+
+
+def test_weights_become_fp32_a_layer_at_a_time(two: Any, tmp_path: Path) -> None:
+    whole, alone = SCENARIOS["masters-none"](tmp_path, whole=True), SCENARIOS["masters-none"](tmp_path)
+    assert alone == whole and whole["dtypes"] == {"torch.float32"}
+    for found in two[1]("masters-fsdp"):
+        assert found["losses"] == pytest.approx(whole["losses"], rel=0, abs=FP32)
+        assert found["dtypes"] == whole["dtypes"]

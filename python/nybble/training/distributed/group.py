@@ -52,9 +52,10 @@ class Group(World):
         for rank, other in enumerate(everywhere):
             different = [name for name in facts if other.get(name) != everywhere[0].get(name)]
             if different:
+                listed = (_difference(name, everywhere[0].get(name), other.get(name)) for name in different)
                 raise ValueError(
-                    f"processes 0 and {rank} differ in their {' and '.join(different)}; give each the same model, "
-                    "data and configuration"
+                    f"processes 0 and {rank} differ in their {' and '.join(listed)}; give each the same model, data "
+                    "and configuration"
                 )
 
     def from_first(self, make: Callable[[], T]) -> T:
@@ -145,6 +146,12 @@ class Group(World):
     def _own(self, name: str, whole: Tensor) -> Tensor:
         """What this process has of a snapshot's tensor."""
         return whole
+
+
+def _difference(name: str, first: str | None, other: str | None) -> str:
+    """The name, with both values where these can be read; hashes and lists cannot."""
+    short = all(value is not None and len(value) <= 40 for value in (first, other))
+    return f"{name} ({first} and {other})" if short else name
 
 
 def _told(error: Exception) -> str:

@@ -42,6 +42,42 @@ def local_device(device: str) -> str:
 
 
 @contextmanager
+def joined(parallel: str, device: str) -> Iterator[World]:
+    """The processes that torchrun has started, before any has a model: `finetune` then finds their group.
+
+    What one of them cannot load, all hear of at once (`World.together`); else they would wait for it half an hour.
+    Without a launcher, with parallel="none" and on devices where processes do not train together, it is this one alone.
+    """
+    able = device == "cpu" or (device.partition(":")[0] == "cuda" and torch.cuda.is_available())
+    group = dist.is_available() and dist.is_initialized()
+    if parallel == "none" or (launched() == 1 and not group) or not able:
+        yield ALONE
+        return
+    from .group import Group
+
+    if not group:
+        _begin(torch.device(device))
+    try:
+        with _peers_named():
+            yield Group(torch.device(device))
+    finally:
+        if not group:
+            dist.destroy_process_group()
+
+
+def idle_cores() -> str | None:
+    """What to say where processes of this machine leave cores idle: torchrun gives each one thread by itself."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if launched() == 1 or local * (torch.get_num_threads() + 1) > cores:
+        return None
+    return (
+        f"{local} processes here have {torch.get_num_threads()} threads each, this machine {cores} cores: "
+        f"OMP_NUM_THREADS={cores // local} uses them"
+    )
+
+
+@contextmanager
 def open_world(parallel: str, model: nn.Module) -> Iterator[World]:
     """The processes that train `model` together, by TrainConfig.parallel.
 
@@ -66,14 +102,14 @@ def open_world(parallel: str, model: nn.Module) -> Iterator[World]:
     device = next(model.parameters()).device
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"parallel={parallel!r}: the model is on {device}; processes train together on cpu or cuda")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
     sharded = parallel == "fsdp"
     from .replicated import Replicated
     from .sharded import Sharded
 
+    if group and device.type == "cuda":
+        torch.cuda.set_device(device)
     if not group:
-        dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
+        _begin(device)
     try:
         with _peers_named(), returned_heap() if sharded and device.type == "cpu" else nullcontext():
             yield (Sharded if sharded else Replicated)(device)
@@ -81,6 +117,12 @@ def open_world(parallel: str, model: nn.Module) -> Iterator[World]:
         if not group:
             # Also after an error: the others then see at once that this process is gone.
             dist.destroy_process_group()
+
+
+def _begin(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl")
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .calls import Calls
 from .group import Group
+from .world import cast
 
 T = TypeVar("T")
 
@@ -25,7 +26,10 @@ class Replicated(Group):
     kind = "ddp"
     _calls: DistributedDataParallel
 
-    def hold(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    def hold(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], dtype: torch.dtype | None = None
+    ) -> dict[str, nn.Parameter]:
+        cast(parameters.values(), dtype)
         calls = Calls(model)
         # DDP warns where it was to look for unused parameters and found none.
         calls.unused = nn.Parameter(torch.zeros(1, device=self.device))

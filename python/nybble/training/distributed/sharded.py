@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..config import TrainConfig
+from ..mode import weights_dtype
 from ..optim import MIN_8BIT_SIZE
 from ..state import owner
 from .calls import Calls
 from .group import Group
 from .layout import Layout
+from .world import cast
 
 T = TypeVar("T")
 
@@ -48,17 +50,21 @@ class Sharded(Group):
             if not parameter.dim() or not parameter.is_contiguous():
                 what = "has no dimension" if not parameter.dim() else "is not contiguous"
                 raise ValueError(f"parallel='fsdp': parameter {name} {what}, which FSDP2 cannot shard")
-        _check_dtypes(model)
+        if weights_dtype(config) is None:
+            _check_dtypes(model)
         if config.optimizer == "adamw8bit":
             for name, parameter in parameters.items():
                 if parameter.numel() >= MIN_8BIT_SIZE:
                     _check_blocks(name, Layout(tuple(parameter.shape), self.size))
 
-    def hold(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    def hold(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], dtype: torch.dtype | None = None
+    ) -> dict[str, nn.Parameter]:
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 
         names = list(parameters)
+        trained = {id(p) for p in parameters.values()}
         parameters.clear()  # the whole ones live on in the model alone
         self._layouts = {name: Layout(tuple(p.shape), self.size) for name, p in model.named_parameters()}
         mesh = init_device_mesh(self.device.type, (self.size,))
@@ -66,7 +72,9 @@ class Sharded(Group):
         self._calls = Calls(model)
         units: list[Any] = _units(model)
         for unit in (*units, self._calls):
-            # What was whole is freed here, a layer at a time, if nobody else holds it.
+            # What was whole is freed here, a layer at a time, if nobody else holds it; so it is cast a layer at a time.
+            whole = (p for p in unit.parameters() if id(p) in trained and not hasattr(p, "placements"))
+            cast(whole, dtype)
             fully_shard(unit, mesh=mesh)
         for unit in (*units, self._calls):
             # Each process's loss is divided by the targets of all of them, so gradients are summed, not averaged.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from ..config import TrainConfig
@@ -88,11 +89,14 @@ class World:
     def align(self, model: nn.Module) -> None:
         """Adapters get the first process's values: theirs are drawn, and may have been with other random numbers."""
 
-    def hold(self, model: nn.Module, parameters: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+    def hold(
+        self, model: nn.Module, parameters: dict[str, nn.Parameter], dtype: torch.dtype | None = None
+    ) -> dict[str, nn.Parameter]:
         """Take over the model; returns what this process has of the trained parameters, for the optimizer.
 
-        `parameters` may be emptied, so that it does not keep what is given up.
+        `parameters` may be emptied, so that it does not keep what is given up. dtype: what they become first, if given.
         """
+        cast(parameters.values(), dtype)
         return dict(parameters)
 
     def optimizer_options(self) -> Mapping[str, dict[str, Any]]:
@@ -134,6 +138,13 @@ class World:
     def assembled(self, model: nn.Module, names: list[str] | None) -> AbstractContextManager[None]:
         """A block in which the model of the first process has these parameters whole, None: all of them."""
         return nullcontext()
+
+
+def cast(parameters: Iterable[nn.Parameter], dtype: torch.dtype | None) -> None:
+    """Gives parameters values of another dtype, one after the other; who has them, ties included, has them so."""
+    for parameter in parameters:
+        if dtype is not None and parameter.dtype != dtype:
+            parameter.data = parameter.data.to(dtype)
 
 
 ALONE = World()
