@@ -132,8 +132,14 @@ def test_errors_of_generate(model_dir: Path, adapters: dict[str, Path], tmp_path
     with pytest.raises(ValueError, match=r"bad.jsonl, line 1: adapter must be a name or null"):
         call("generate", model_dir, "--prompts", file)
     file.write_text('{"prompt": "a", "adapter": "none"}\n')
-    with pytest.raises(ValueError, match="no adapter 'none'; it has none"):
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 1: the model has no adapter 'none'; it has none"):
+        call("generate", model_dir, "b", "--prompts", file)
+    file.write_text('{"prompt": "a"}\n{"prompt": ""}\n')
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 2 is empty: no tokens came out of it"):
         call("generate", model_dir, "--prompts", file)
+    file.write_text('{"prompt": "a"}\n' + json.dumps({"prompt": "word " * 2000}) + "\n")
+    with pytest.raises(ValueError, match=r"bad.jsonl, line 2 has \d+ tokens; the model's context of"):
+        call("generate", model_dir, "b", "--prompts", file)
     with pytest.raises(ValueError, match="top_p must be"):
         call("generate", model_dir, "a", "--top-p", 2)
 

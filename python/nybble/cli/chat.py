@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from . import sampling
+
 HELP = """/reset            forget the conversation; the system message stays
 /system [TEXT]    another system message, or none
 /adapter [NAME]   another adapter, or none
@@ -26,15 +28,13 @@ def command(
     ] = None,
     system: Annotated[str | None, typer.Option(help="The system message.")] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens of an answer.")] = 512,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this probability together.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Only tokens this many times as likely as the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that occurred are less likely.")] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends an answer. May be given several times.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    temperature: sampling.Temperature = 0.0,
+    top_k: sampling.TopK = 0,
+    top_p: sampling.TopP = 1.0,
+    min_p: sampling.MinP = 0.0,
+    repetition_penalty: sampling.RepetitionPenalty = 1.0,
+    stop: sampling.Stop = None,
+    seed: sampling.Seed = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda or mps.")] = "cpu",
 ) -> None:
     """Talk with a model on its chat template. A line is a message; /help lists what else can be said."""

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from . import sampling
+
 
 def command(
     model_dir: Annotated[Path, typer.Argument(help="Directory of the model: quantized by nybble, or a plain one.")],
@@ -23,15 +25,13 @@ def command(
         typer.Option(help="Adapter directory in PEFT's layout, or NAME=DIRECTORY. May be given several times."),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Most tokens to write.")] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", help="0: always the likeliest token.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Only the k likeliest tokens; 0: all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Only the likeliest tokens of this probability together.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Only tokens this many times as likely as the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens that occurred are less likely.")] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends an answer. May be given several times.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="For temperatures above 0.")] = 0,
+    temperature: sampling.Temperature = 0.0,
+    top_k: sampling.TopK = 0,
+    top_p: sampling.TopP = 1.0,
+    min_p: sampling.MinP = 0.0,
+    repetition_penalty: sampling.RepetitionPenalty = 1.0,
+    stop: sampling.Stop = None,
+    seed: sampling.Seed = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Put the prompt into the model's chat template.")] = False,
     stream: Annotated[
         bool | None, typer.Option("--stream/--no-stream", help="Print text as it is written.  [default: one prompt]")
@@ -50,22 +50,26 @@ def command(
     config = GenerationConfig(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), seed
     )
-    asked = [(text, ...) for text in prompt or ()] + (read_prompts(prompts) if prompts is not None else [])
+    asked = [(f"prompt {number}", text, ...) for number, text in enumerate(prompt or ())]
+    asked += read_prompts(prompts) if prompts is not None else []
     if not asked:
         raise ValueError("no prompt: give one, or a file of them with --prompts")
     if stream and (as_json or len(asked) > 1):
         raise ValueError("--stream is for one prompt and plain text")
     model, tokenizer, last = load_with_adapters(model_dir, adapter or (), device)
-    texts: list[Any] = [chat_ids(tokenizer, [{"role": "user", "content": text}]) if chat else text for text, _ in asked]
-    names = [last if name is ... else name for _, name in asked]
+    labels = [label for label, _, _ in asked]
+    texts: list[Any] = [text for _, text, _ in asked]
+    if chat:
+        texts = [chat_ids(tokenizer, [{"role": "user", "content": text}]) for text in texts]
+    options: Any = {"adapters": [last if name is ... else name for _, _, name in asked], "labels": labels}
     if stream is not False and not as_json and len(asked) == 1:
-        source = pieces(model, tokenizer, texts, config, adapters=names)
-        show("" if chat else asked[0][0])
+        source = pieces(model, tokenizer, texts, config, **options)
+        show("" if chat else asked[0][1])
         for piece in source:
             show(piece.text)
         show("\n")
         return
-    for answer, (text, _) in zip(generate(model, tokenizer, texts, config, adapters=names), asked, strict=True):
+    for answer, (_, text, _) in zip(generate(model, tokenizer, texts, config, **options), asked, strict=True):
         if as_json:
             row = {"prompt": text, "adapter": answer.adapter, "text": answer.text, "reason": answer.reason}
             counts = {"prompt_tokens": answer.prompt_tokens, "tokens": len(answer.tokens)}
@@ -108,8 +112,8 @@ def load_with_adapters(directory: Path, adapters: Any, device: str) -> tuple[Any
     return model.eval(), tokenizer, next(reversed(named), None)
 
 
-def read_prompts(path: Path) -> list[tuple[str, Any]]:
-    """(prompt, adapter) of each line; the adapter is ... where the line does not say.
+def read_prompts(path: Path) -> list[tuple[str, str, Any]]:
+    """(where it stands, prompt, adapter) of each line; the adapter is ... where the line does not say.
 
     Raises:
         FileNotFoundError: no such file. ValueError: a line that is something else, by its number.
@@ -118,7 +122,7 @@ def read_prompts(path: Path) -> list[tuple[str, Any]]:
 
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    result: list[tuple[str, Any]] = []
+    result: list[tuple[str, str, Any]] = []
     for record in read_records(path):
         value = record.value
         if not isinstance(value, dict) or not isinstance(value.get("prompt"), str):
@@ -126,7 +130,7 @@ def read_prompts(path: Path) -> list[tuple[str, Any]]:
         name = value.get("adapter", ...)
         if name is not ... and name is not None and not isinstance(name, str):
             raise ValueError(f"{record.where}: adapter must be a name or null, got {shown(name)}")
-        result.append((value["prompt"], name))
+        result.append((record.where, value["prompt"], name))
     if not result:
         raise ValueError(f"{path}: no prompts in it")
     return result

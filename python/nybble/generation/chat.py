@@ -87,7 +87,7 @@ class Chat:
         turns = [*self.messages, {"role": "user", "content": text}]
         ids = chat_ids(self.tokenizer, turns)
         try:
-            (limit,) = room(self._traits, [ids], [self.adapter], self.config.max_new_tokens)
+            (limit,) = room(self._traits, [ids], [self.adapter], self.config.max_new_tokens, ["it"])
         except ValueError as error:
             raise ValueError(f"the conversation is too long: {error}") from error
         return self._answer(turns, ids, limit)

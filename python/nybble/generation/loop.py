@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..nn.adapters import adapted_modules, adapter_names, require_names, share_selection
+from ..nn.adapters import adapted_modules, require_names, share_selection
 from .config import GenerationConfig
 from .decoder import Batch, ModelTraits, set_which
 from .sampling import choose
@@ -53,6 +53,7 @@ def generate(
     *,
     adapters: Any = ...,
     on_text: Callable[[int, str], None] | None = None,
+    labels: Sequence[str] | None = None,
     **options: Any,
 ) -> list[Generated]:
     """Writes text after prompts, all of them in one batch.
@@ -68,6 +69,7 @@ def generate(
         config: a GenerationConfig; or give its fields as keywords.
         adapters: a name, or None for the base, for all prompts, or one of these for each; by default what acts now.
         on_text: called with a prompt's number and each piece of its text, as soon as it is known.
+        labels: what errors call each prompt, such as the line of a file that it came from; "prompt 0" and so on.
 
     Returns:
         One `Generated` for each prompt, in their order.
@@ -77,7 +79,7 @@ def generate(
             model does not have, another number of adapters than of prompts, a model that cannot generate: by name.
     """
     results: dict[int, Generated] = {}
-    for piece in stream(model, tokenizer, prompts, config, adapters=adapters, **options):
+    for piece in stream(model, tokenizer, prompts, config, adapters=adapters, labels=labels, **options):
         if piece.text and on_text is not None:
             on_text(piece.prompt, piece.text)
         if piece.done is not None:
@@ -92,6 +94,7 @@ def stream(
     config: GenerationConfig | None = None,
     *,
     adapters: Any = ...,
+    labels: Sequence[str] | None = None,
     **options: Any,
 ) -> Iterator[Piece]:
     """`generate`, piece by piece: what can be shown, as soon as it is known.
@@ -105,9 +108,10 @@ def stream(
     elif options:
         raise TypeError(f"give either config or its fields, not both: got {', '.join(options)} too")
     traits = ModelTraits(model)
-    texts = _token_ids(tokenizer, prompts)
-    names = _adapters(model, adapters, len(texts))
-    limits = room(traits, texts, names, config.max_new_tokens)
+    texts = _token_ids(tokenizer, prompts, labels)
+    labels = labels or [f"prompt {number}" for number in range(len(texts))]
+    names = _adapters(model, adapters, labels)
+    limits = room(traits, texts, names, config.max_new_tokens, labels)
     return _stream(traits, tokenizer, texts, names, limits, config)
 
 
@@ -250,14 +254,16 @@ def acting(model: nn.Module, names: Sequence[str | None]) -> Iterator[Callable[[
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
-def _token_ids(tokenizer: Any, prompts: Any) -> list[list[int]]:
+def _token_ids(tokenizer: Any, prompts: Any, labels: Sequence[str] | None) -> list[list[int]]:
     several = not isinstance(prompts, str) and not (len(prompts) and isinstance(prompts[0], int))
     texts = []
     given = prompts if several else [prompts]
+    if labels is not None and len(labels) != len(given):
+        raise ValueError(f"labels has {len(labels)} names for {len(given)} prompts; give one for each")
     for number, prompt in enumerate(given):
         ids = tokenizer.encode(prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids:
-            which = f"prompt {number}" if len(given) > 1 else "prompt"
+            which = labels[number] if labels else f"prompt {number}" if len(given) > 1 else "prompt"
             raise ValueError(f"{which} is empty: no tokens came out of it")
         texts.append(list(ids))
     if not texts:
@@ -265,8 +271,8 @@ def _token_ids(tokenizer: Any, prompts: Any) -> list[list[int]]:
     return texts
 
 
-def _adapters(model: nn.Module, adapters: Any, count: int) -> list[str | None]:
-    which = adapters
+def _adapters(model: nn.Module, adapters: Any, labels: Sequence[str]) -> list[str | None]:
+    which, count = adapters, len(labels)
     if adapters is ...:
         which = share_selection(model).which if adapted_modules(model) else None
     if which is None or isinstance(which, str):
@@ -275,29 +281,35 @@ def _adapters(model: nn.Module, adapters: Any, count: int) -> list[str | None]:
         names = list(which)
         if len(names) != count:
             raise ValueError(f"adapters has {len(names)} names for {count} prompts; give one for all, or one for each")
-    for name in names:
-        if name is not None and name not in adapter_names(model):
+    for name, label in zip(names, labels, strict=True):
+        try:
             require_names(model, [name])
+        except ValueError as error:
+            raise ValueError(f"{label}: {error}") from None
     return names
 
 
 def room(
-    traits: ModelTraits, texts: Sequence[Sequence[int]], names: Sequence[str | None], max_new_tokens: int
+    traits: ModelTraits,
+    texts: Sequence[Sequence[int]],
+    names: Sequence[str | None],
+    max_new_tokens: int,
+    labels: Sequence[str],
 ) -> list[int]:
-    """Most tokens that can be written after each text.
+    """Most tokens that can be written after each text. labels: what errors call them.
 
     Raises:
         ValueError: a text has ids that the model does not know, or leaves no room in the model's context.
     """
     limits = []
-    for number, (text, virtual) in enumerate(zip(texts, traits.virtual_lengths(names), strict=True)):
+    for label, text, virtual in zip(labels, texts, traits.virtual_lengths(names), strict=True):
         if min(text) < 0 or max(text) >= traits.vocabulary:
-            raise ValueError(f"prompt {number} has token ids up to {max(text)}; the model knows {traits.vocabulary}")
+            raise ValueError(f"{label} has token ids up to {max(text)}; the model knows {traits.vocabulary}")
         left = max_new_tokens if traits.context is None else traits.context - len(text) - virtual
         if left < 1:
             behind = f" behind {virtual} virtual tokens" if virtual else ""
             raise ValueError(
-                f"prompt {number} has {len(text)} tokens{behind}; the model's context of {traits.context} leaves no "
+                f"{label} has {len(text)} tokens{behind}; the model's context of {traits.context} leaves no "
                 "room for an answer: shorten it"
             )
         limits.append(min(left, max_new_tokens))
