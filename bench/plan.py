@@ -21,12 +21,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from finetune import prepare
 from rich.console import Console
 from rich.table import Table
 
 import nybble
 import nybble.cli.plan as command
+from nybble.backends.products import emulated
 from nybble.planning import BUILT_IN, Cluster, Work, estimate, find_shape, plan, scaled_step
 
 WORKER = Path(__file__).resolve().parents[1] / "tests" / "planning" / "measured_step.py"
@@ -102,8 +104,8 @@ def measured(args: argparse.Namespace) -> None:
         (held, slower), (heap, faster) = (
             _measure(configuration, low_memory, directory) for low_memory in (True, False)
         )
-        matrix_unit = nybble.active_isa() == "amx"
-        work = Work(batch=batch, seq=seq, rank=rank, optimizer=optimizer, matrix_unit=matrix_unit)
+        cpu = {"matrix_unit": nybble.active_isa() == "amx", "widened": emulated(torch.bfloat16)}
+        work = Work(batch=batch, seq=seq, rank=rank, optimizer=optimizer, **cpu)
         predicted = estimate(shape, method, base, work, checkpointing).above_imports
         error = predicted / held - 1
         worst = max(worst, abs(error))

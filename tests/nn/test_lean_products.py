@@ -142,3 +142,19 @@ def test_few_rows_without_gradients_are_left_to_torch(calls: list[torch.dtype]) 
             assert len(calls) == 1
             layer(x)
         assert len(calls) == 2
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_input_of_a_frozen_weight_is_not_kept(trained: bool) -> None:
+    layer = nn.Linear(16, 24, bias=False).to(torch.bfloat16).requires_grad_(trained)
+    x = torch.randn(9, 16, dtype=torch.bfloat16, requires_grad=True)
+    kept: list[int] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor.data_ptr())
+        return tensor
+
+    with lean_products(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x).sum().backward()
+    assert kept == ([x.data_ptr()] if trained else []) + [layer.weight.data_ptr()]
+    assert x.grad is not None

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import nybble
+from nybble.backends.products import emulated
 from nybble.planning import Work, estimate, find_shape
 
 transformers = pytest.importorskip("transformers")
@@ -80,7 +81,8 @@ def test_a_prediction_is_within_a_tenth_of_the_measured_peak(
     models: dict[str, Path], measured: dict[Configuration, int], configuration: Configuration
 ) -> None:
     method, base, batch, seq, checkpointing, optimizer, rank = configuration
-    work = Work(batch=batch, seq=seq, rank=rank, optimizer=optimizer, matrix_unit=nybble.active_isa() == "amx")
+    cpu = {"matrix_unit": nybble.active_isa() == "amx", "widened": emulated(torch.bfloat16)}
+    work = Work(batch=batch, seq=seq, rank=rank, optimizer=optimizer, **cpu)
     predicted = estimate(find_shape(models["bf16"]), method, base, work, checkpointing).above_imports
     peak = measured[configuration]
     print(f"predicted {predicted / 1e6:.1f} MB, measured {peak / 1e6:.1f} MB, {predicted / peak - 1:+.1%}")

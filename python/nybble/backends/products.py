@@ -18,7 +18,7 @@ from .scratch import scratch
 from .weight import PLAIN
 
 _BLOCK = 1 << 20
-"""fp32 numbers of an operand at a time."""
+"""fp32 numbers of an operand, or of the result, at a time."""
 
 _NATIVE = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
@@ -79,11 +79,11 @@ def product_into(left: Tensor, right: Tensor, out: Tensor, add: bool = False) ->
     if k > max(m, n):
         return _over_terms(left, right, out, add)
     if m >= n:
-        right, step = _wide("right", right), max(1, _BLOCK // k)
+        right, step = _wide("right", right), max(1, _BLOCK // max(k, n))
         for rows in _blocks(m, step):
             _write(_wide("left", left[rows]), right, out[rows], add)
     else:
-        left, step = _wide("left", left), max(1, _BLOCK // k)
+        left, step = _wide("left", left), max(1, _BLOCK // max(k, m))
         for columns in _blocks(n, step):
             _write(left, _wide("right", right[:, columns]), out[:, columns], add)
     return out

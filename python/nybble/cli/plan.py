@@ -45,11 +45,14 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
 ) -> None:
     """What fits: the memory of every method for a model, from its config.json alone, and the command to run."""
+    import torch
+
+    from ..backends.products import emulated
     from ..introspection import active_isa
     from ..planning import Cluster, Work, plan, scaled_rows
 
-    matrix_unit = device == "cpu" and active_isa() == "amx"
-    work = Work(batch, seq, rank, size, tokens, optimizer, loss_chunk, device, matrix_unit=matrix_unit)
+    cpu = {"matrix_unit": active_isa() == "amx", "widened": emulated(torch.bfloat16)} if device == "cpu" else {}
+    work = Work(batch, seq, rank, size, tokens, optimizer, loss_chunk, device, **cpu)
     found = plan(model, None if memory is None else parse_size(memory), work)
     explained = [found.row(key) for key in why or ()]
     steps = {}

@@ -24,7 +24,9 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
         x = x.to(dtype)  # what autocast saves: a layer after this one has it too
-        ctx.save_for_backward(x, weight)
+        # Of a frozen weight the input is not kept, as torch does not keep it.
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.shape = x.shape
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
         y = product(_flat(x), weight.to(dtype).t()).view(*x.shape[:-1], weight.shape[0])
         return y if bias is None else y.add_(bias)
@@ -37,7 +39,7 @@ class _Linear(torch.autograd.Function):
         weight_dtype, bias_dtype = ctx.dtypes
         rows = _flat(grad)
         return (
-            product(rows, weight.to(grad.dtype)).view(x.shape) if need_x else None,
+            product(rows, weight.to(grad.dtype)).view(ctx.shape) if need_x else None,
             product(rows.t(), _flat(x), weight_dtype) if need_weight else None,
             rows.sum(0, dtype=torch.float32).to(bias_dtype) if need_bias else None,
             None,

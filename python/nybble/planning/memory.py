@@ -23,6 +23,8 @@ FIRST_USE = 35_000_000
 #: factors where the CPU has AMX (15.5 MB more than without there, measured). Measured alike: 47 to
 #: 53 MB with FIRST_USE.
 GENERATED = 16_000_000
+#: A piece of an operand or a result where a CPU without bf16 instructions multiplies in fp32 (backends/products.py).
+PIECE = 4 << 20
 #: The same of a process that only generates, whatever the base: 19 to 28 MB.
 FORWARD_USE = 24_000_000
 #: The same of CUDA, in the GPU's memory: context and library handles. An assumption.
@@ -145,9 +147,24 @@ def _resident(shape: Shape, method: str, base: str, work: Work) -> list[Line]:
         lines.append(_line("runtime", "Python, torch, transformers after their imports (measured)", IMPORTS))
         first = FORWARD_USE if method == "inference" else FIRST_USE
         lines.append(_line("runtime", "threads' stacks, library pages of the first step (measured)", first))
-        if (base != "nf4" or work.matrix_unit) and method != "inference":
+        if work.widened and method != "inference":
+            lines.append(_widened(shape, method, base, work))
+        elif (base != "nf4" or work.matrix_unit) and method != "inference":
             lines.append(_line("runtime", "kernels that oneDNN generates for products (measured)", GENERATED))
     return lines
+
+
+def _widened(shape: Shape, method: str, base: str, work: Work) -> Line:
+    """What `backends.products` holds: pieces of both operands and of the result, and more of a plain weight's product:
+    the smaller operand whole, or the sum where the contraction is the longest side."""
+    tokens, more = activations.tokens_of(method, work), 0
+    if base != "nf4":
+        for matrix in shape.matrices:
+            for k, n in ((matrix.in_features, matrix.out_features), (matrix.out_features, matrix.in_features)):
+                held = 4 * tokens * n if k > max(tokens, n) else 4 * k * min(tokens, n) - PIECE
+                more = max(more, held)
+    formula = f"products of 16 bits in fp32: 3 pieces of {PIECE:,} bytes"
+    return _line("workspace", formula + (f", {more:,} more of a weight's" if more else ""), 3 * PIECE + more)
 
 
 def _weights(shape: Shape, base: str) -> list[Line]:

@@ -30,6 +30,7 @@ class Work:
             virtual ones, of prefixes and prompts. optimizer: one of OPTIMIZERS. loss_chunk: tokens whose logits exist
             at once. device: one of DEVICES. fused: on the CPU, nybble's kernels in place of the model's own code.
             matrix_unit: the CPU has AMX, where products of LoRA's factors and attention's forward pass are torch's.
+            widened: the CPU has no instructions for bf16, and products are computed in fp32, a piece at a time.
 
     Raises ValueError, naming the field, what came and what is allowed.
     """
@@ -44,6 +45,7 @@ class Work:
     device: str = "cpu"
     fused: bool = True
     matrix_unit: bool = False
+    widened: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
