@@ -94,12 +94,16 @@ def model_class(config: PretrainedConfig, directory: Path) -> type[PreTrainedMod
     raise CheckpointError(f"{directory / 'config.json'}: architectures {names} are not classes of transformers")
 
 
-def skeleton(directory: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """The model of a directory's config.json: parameters on meta, buffers with their values."""
+def skeleton(directory: Path, dtype: torch.dtype | None = None, values: bool = True) -> PreTrainedModel:
+    """The model of a directory's config.json: parameters on meta, buffers with their values.
+
+    values: False puts everything on meta, for who only counts: some classes (Llama 4's experts) fill parameters with
+    zeros as they are built, gigabytes of them.
+    """
     config = model_config(directory)
     cls = model_class(config, directory)
     dtype = dtype or getattr(config, "dtype", None) or torch.float32
-    with named(directory), _ParametersOnMeta():
+    with named(directory), _ParametersOnMeta() if values else torch.device("meta"):
         model = cls._from_config(config, dtype=dtype)
     return model
 

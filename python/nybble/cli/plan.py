@@ -14,14 +14,21 @@ if TYPE_CHECKING:
     from ..planning import Estimate, Plan, Row, Step
 
 
+#: Bytes. What is less was meant in another unit: no plan is for so little.
+_LEAST_MEMORY = 1_000_000
+
+
 def command(
     model: Annotated[
         str, typer.Argument(help="A directory with config.json, that file, or a name such as Llama-3.1-8B.")
     ],
     memory: Annotated[
-        str | None, typer.Option(help="Of the machine or GPU, such as 24GB.  [default: this machine's]")
+        str | None, typer.Option(help="Of the machine or GPU, such as 24GB; by default this machine's.")
     ] = None,
-    seq: Annotated[int, typer.Option(help="Tokens in a row.")] = 2048,
+    seq: Annotated[
+        int | None,
+        typer.Option(help="Tokens in a row; by default 2048, or the model's longest text if that is less."),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Rows in a forward pass.")] = 1,
     device: Annotated[str, typer.Option(help="cpu, cuda, or unified (memory that CPU and GPU share).")] = "cpu",
     rank: Annotated[int, typer.Option("--rank", "-r", help="Of LoRA and DoRA.")] = 16,
@@ -49,11 +56,15 @@ def command(
 
     from ..backends.products import emulated
     from ..introspection import active_isa
-    from ..planning import Cluster, Work, plan, scaled_rows
+    from ..planning import Cluster, plan, scaled_rows
 
-    cpu = {"matrix_unit": active_isa() == "amx", "widened": emulated(torch.bfloat16)} if device == "cpu" else {}
-    work = Work(batch, seq, rank, size, tokens, optimizer, loss_chunk, device, **cpu)
-    found = plan(model, None if memory is None else parse_size(memory), work)
+    work: dict[str, Any] = {"batch": batch, "rank": rank, "size": size, "tokens": tokens, "optimizer": optimizer}
+    work |= {"loss_chunk": loss_chunk, "device": device}
+    if device == "cpu":
+        work |= {"matrix_unit": active_isa() == "amx", "widened": emulated(torch.bfloat16)}
+    if seq is not None:
+        work["seq"] = seq
+    found = plan(model, None if memory is None else _memory(memory), **work)
     explained = [found.row(key) for key in why or ()]
     steps = {}
     if ranks is not None:
@@ -70,6 +81,15 @@ def command(
     show(found, explained)
     if steps:
         _show_ranks(found, steps, why or ())
+
+
+def _memory(text: str) -> float:
+    """Bytes; ValueError also for what is a number of gigabytes without its unit."""
+    size = parse_size(text)
+    if size < _LEAST_MEMORY:
+        number = text.strip().rstrip("bB ")
+        raise ValueError(f"memory {text!r} is {size:,.0f} bytes; say the unit, such as {number if size else 24}GB")
+    return size
 
 
 def _both(row: Row) -> list[Estimate]:
@@ -180,7 +200,7 @@ def _print_commands(console: Any, found: Plan) -> None:
         reason = "the lightest training" if lightest else "the usual choice of those that fit"
         if lightest and row is best:
             reason += ", and the usual choice of those that fit"
-        console.print(f"{row.way.label}, {reason}:")
+        console.print(f"{row.way.label}, {reason}{':' if row.commands else ''}")
         for line in row.commands:
             console.print(f"  {line}", markup=False)
     if not training:

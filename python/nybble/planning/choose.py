@@ -153,7 +153,8 @@ def plan(
     Args:
         model: a directory with a config.json, such a file, the name of a built-in shape, or a `Shape`.
         memory: bytes of the machine or GPU; by default this machine's, or its container's limit.
-        work: the sizes of a step; or give its fields as keywords (batch, seq, rank, optimizer, device, ...).
+        work: the sizes of a step; or give its fields as keywords (batch, seq, rank, optimizer, device, ...). Without
+            seq it is 2,048, or the model's longest text if that is less.
 
     Raises:
         ValueError: an unknown name, or a field that is not allowed. CheckpointError: config.json is damaged.
@@ -164,11 +165,11 @@ def plan(
     >>> round(found.row("qlora").plain.part("weights") / 1e9, 2)
     5.59
     """
-    if work is None:
-        work = Work(**options)
-    elif options:
+    if work is not None and options:
         raise TypeError(f"give either work or its fields, not both: got {', '.join(options)} too")
     shape = model if isinstance(model, Shape) else find_shape(model)
+    if work is None:
+        work = Work(**{"seq": min(Work.seq, shape.context or Work.seq), **options})
     if memory is None:
         memory = machine.here(work.device)
     elif not isinstance(memory, Memory):
@@ -211,12 +212,14 @@ def _row(way: Way, shape: Shape, work: Work, memory: Memory, path: Path | None) 
     if fits != "no":
         commands = tuple(_commands(way, shape, work, fits == "with checkpointing", path))
         total = plain.total if fits == "yes" or checkpointed is None else checkpointed.total
-        if checkpointed is not None and work.device == "cpu" and shape.head and total > _SCARCE * memory.free:
+        if checkpointed is not None and work.device == "cpu" and shape.causal and total > _SCARCE * memory.free:
             commands = (*commands[:-1], f"{commands[-1]} {LOW_MEMORY}")
     return Row(way, plain, checkpointed, fits, commands)
 
 
 def _commands(way: Way, shape: Shape, work: Work, checkpointing: bool, path: Path | None) -> Iterator[str]:
+    if shape.head and not shape.causal:
+        return
     source = str(path) if path is not None else f"path/to/{shape.name}"
     if way.base == "nf4" and not shape.quantized:
         packed = f"{source.rstrip('/')}-nf4"
@@ -224,7 +227,7 @@ def _commands(way: Way, shape: Shape, work: Work, checkpointing: bool, path: Pat
         source = packed
     device = {"cpu": [], "cuda": ["--device", "cuda"], "unified": ["--device", "mps"]}[work.device]
     if way.method == "inference":
-        if shape.head:
+        if shape.causal:
             yield shlex.join(["nybble", "generate", source, "PROMPT", *device])
         return
     if not shape.head:
@@ -262,6 +265,12 @@ def _notes(shape: Shape, work: Work) -> Iterator[str]:
             "config.json says float32, and `nybble finetune` keeps what it does not quantize as it is: the rows here "
             "are those of a bf16 copy"
         )
+    if shape.head and not shape.causal:
+        yield (
+            "its head is not one that writes text from left to right (an encoder-decoder, or a masked language model): "
+            "`nybble finetune` and `generate` do not take it, so there is no command; it is counted by the same rules, "
+            "without attention between stacks, and was not measured"
+        )
     if not shape.head:
         yield "it has no head over a vocabulary: what a classifier's head takes is left out, and was not measured"
     if not shape.gated:
@@ -281,7 +290,7 @@ def _notes(shape: Shape, work: Work) -> Iterator[str]:
             "operations decode 4-bit weights, with 17 bytes for each of the largest one's"
         )
     if shape.context is not None and work.seq > shape.context:
-        yield f"seq is {work.seq:,}; the model's longest text is {shape.context:,} tokens"
+        yield f"seq is {work.seq:,}, which is more than the model's longest text: {shape.context:,} tokens"
 
 
 def _advice(shape: Shape, work: Work, memory: Memory) -> Iterator[str]:

@@ -60,7 +60,9 @@ class Shape:
             experts that of the experts that act on it.
         vocab: rows of the input embedding. context: longest text, where known.
         tied: whether the head is the embedding. gated: whether the feed-forward is gated.
-        head: whether there is a head over the vocabulary: a causal language model; else an encoder.
+        head: whether there is a head over the vocabulary; without one it is an encoder.
+        causal: whether that head's model writes text from left to right, as `nybble finetune` and `generate` need it;
+            not so of masked language models and of encoder-decoders, whose `layers` are those of both stacks.
         matrices: all linear layers but the head.
         parameters: all of them, tied ones once. quantized: whether config.json says that the weights are packed.
         stored: the dtype that config.json names, if it does.
@@ -81,6 +83,7 @@ class Shape:
     parameters: int
     context: int | None = None
     head: bool = True
+    causal: bool = True
     experts: int = 0
     quantized: bool = False
     stored: str | None = None
@@ -124,6 +127,8 @@ def decoder(
     head_dim: int | None = None,
     bias: tuple[str, ...] = (),
     query_norm: bool = False,
+    norms: int = 2,
+    fused: bool = False,
     experts: int = 0,
     active: int = 0,
     context: int | None = None,
@@ -134,6 +139,8 @@ def decoder(
 
     Args:
         bias: the projections that have one. query_norm: queries and keys are normalized head by head (Qwen3).
+        norms: of a layer; Gemma has two after its parts too. fused: queries, keys and values are one projection, gate
+            and up another (Phi).
         experts, active: of a mixture with a router (Mixtral): how many a layer has, and act on a token.
 
     >>> decoder("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256).parameters
@@ -147,8 +154,11 @@ def decoder(
         "v_proj": (keys, hidden),
         "o_proj": (hidden, queries),
     }
+    if fused:
+        del sizes["q_proj"], sizes["k_proj"], sizes["v_proj"]
+        sizes = {"qkv_proj": (queries + 2 * keys, hidden), **sizes}
     matrices = [Matrix(f"self_attn.{n}", *size, layers, n in bias) for n, size in sizes.items()]
-    norms = 2 * layers * hidden + hidden + (2 * layers * head_dim if query_norm else 0)
+    normed = norms * layers * hidden + hidden + (2 * layers * head_dim if query_norm else 0)
     routers = 0
     if experts:
         matrices += [
@@ -157,14 +167,15 @@ def decoder(
         ]
         routers = layers * experts * hidden
     else:
-        sizes = {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden), "down_proj": (hidden, ffn)}
+        both = {"gate_up_proj": (2 * ffn, hidden)} if fused else {"gate_proj": (ffn, hidden), "up_proj": (ffn, hidden)}
+        sizes = {**both, "down_proj": (hidden, ffn)}
         matrices += [Matrix(f"mlp.{n}", *size, layers, n in bias) for n, size in sizes.items()]
     biases = sum(m.out_features * m.count for m in matrices if m.bias)
     embeddings = vocab * hidden * (1 if tied else 2)
     return Shape(
         name, source, hidden, ffn * max(1, active), layers, heads, kv_heads, head_dim, vocab, tied, True,
-        tuple(matrices), sum(m.weights for m in matrices) + biases + norms + routers + embeddings,
-        context, True, experts, quantized,
+        tuple(matrices), sum(m.weights for m in matrices) + biases + normed + routers + embeddings,
+        context, True, True, experts, quantized,
     )  # fmt: skip
 
 
@@ -173,6 +184,7 @@ _QWEN2: dict[str, Any] = {"bias": _QKV, "context": 32768}
 _LLAMA3: dict[str, Any] = {"context": 131072}
 _LLAMA2: dict[str, Any] = {"context": 4096}
 _QWEN3: dict[str, Any] = {"head_dim": 128, "query_norm": True, "context": 40960}
+_GEMMA2: dict[str, Any] = {"norms": 4, "context": 8192}
 
 #: As their publishers' config.json files have them.
 BUILT_IN: dict[str, Shape] = {
@@ -184,13 +196,19 @@ BUILT_IN: dict[str, Shape] = {
         decoder("TinyLlama-1.1B", 2048, 5632, 22, 32, 4, 32000, context=2048),
         decoder("Llama-3.2-1B", 2048, 8192, 16, 32, 8, 128256, True, **_LLAMA3),
         decoder("Llama-3.2-3B", 3072, 8192, 28, 24, 8, 128256, True, **_LLAMA3),
+        decoder("Llama-3-8B", 4096, 14336, 32, 32, 8, 128256, context=8192),
+        decoder("Llama-3-70B", 8192, 28672, 80, 64, 8, 128256, context=8192),
         decoder("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256, **_LLAMA3),
         decoder("Llama-3.1-70B", 8192, 28672, 80, 64, 8, 128256, **_LLAMA3),
         decoder("Llama-3.1-405B", 16384, 53248, 126, 128, 8, 128256, **_LLAMA3),
+        decoder("Llama-3.3-70B", 8192, 28672, 80, 64, 8, 128256, **_LLAMA3),
         decoder("Llama-2-7B", 4096, 11008, 32, 32, 32, 32000, **_LLAMA2),
         decoder("Llama-2-13B", 5120, 13824, 40, 40, 40, 32000, **_LLAMA2),
         decoder("Llama-2-70B", 8192, 28672, 80, 64, 8, 32000, **_LLAMA2),
         decoder("Mistral-7B", 4096, 14336, 32, 32, 8, 32768, context=32768),
+        decoder("Mistral-7B-v0.1", 4096, 14336, 32, 32, 8, 32000, context=32768),
+        decoder("Mistral-Nemo-12B", 5120, 14336, 40, 32, 8, 131072, head_dim=128, context=131072),
+        decoder("Mistral-Small-24B", 5120, 32768, 40, 32, 8, 131072, head_dim=128, context=32768),
         decoder("Mixtral-8x7B", 4096, 14336, 32, 32, 8, 32000, experts=8, active=2, context=32768),
         decoder("Qwen2.5-0.5B", 896, 4864, 24, 14, 2, 151936, True, **_QWEN2),
         decoder("Qwen2.5-1.5B", 1536, 8960, 28, 12, 2, 151936, True, **_QWEN2),
@@ -200,35 +218,73 @@ BUILT_IN: dict[str, Shape] = {
         decoder("Qwen2.5-32B", 5120, 27648, 64, 40, 8, 152064, **_QWEN2),
         decoder("Qwen2.5-72B", 8192, 29568, 80, 64, 8, 152064, **_QWEN2),
         decoder("Qwen3-0.6B", 1024, 3072, 28, 16, 8, 151936, True, **_QWEN3),
+        decoder("Qwen3-1.7B", 2048, 6144, 28, 16, 8, 151936, True, **_QWEN3),
         decoder("Qwen3-4B", 2560, 9728, 36, 32, 8, 151936, True, **_QWEN3),
         decoder("Qwen3-8B", 4096, 12288, 36, 32, 8, 151936, **_QWEN3),
         decoder("Qwen3-14B", 5120, 17408, 40, 40, 8, 151936, **_QWEN3),
         decoder("Qwen3-32B", 5120, 25600, 64, 64, 8, 151936, **_QWEN3),
+        decoder("Qwen3-30B-A3B", 2048, 768, 48, 32, 4, 151936, experts=128, active=8, **_QWEN3),
+        decoder("Gemma-2-2B", 2304, 9216, 26, 8, 4, 256000, True, head_dim=256, **_GEMMA2),
+        decoder("Gemma-2-9B", 3584, 14336, 42, 16, 8, 256000, True, head_dim=256, **_GEMMA2),
+        decoder("Gemma-2-27B", 4608, 36864, 46, 32, 16, 256000, True, head_dim=128, **_GEMMA2),
+        decoder(
+            "Gemma-3-1B", 1152, 6912, 26, 4, 1, 262144, True, head_dim=256, query_norm=True, norms=4, context=32768
+        ),
+        decoder("Phi-3-mini", 3072, 8192, 32, 32, 32, 32064, fused=True, context=4096),
+        decoder("Phi-4", 5120, 17920, 40, 40, 10, 100352, fused=True, context=16384),
+        decoder("Phi-4-mini", 3072, 8192, 32, 24, 8, 200064, True, fused=True, context=131072),
     )
+}
+#: Parts of a name that say how a model was trained further or written down, not how it is built.
+_SAME_BUILD = {"instruct", "it", "chat", "base", "hf", "pt"}
+#: Their releases by other names.
+_RELEASES = {
+    "mistral-7b-v0.2": "Mistral-7B-v0.1",
+    "mistral-7b-v0.3": "Mistral-7B",
+    "mixtral-8x7b-v0.1": "Mixtral-8x7B",
+    "mistral-nemo-2407": "Mistral-Nemo-12B",
+    "mistral-small-24b-2501": "Mistral-Small-24B",
+    "phi-3-mini-4k": "Phi-3-mini",
 }
 
 
 def find_shape(model: str | os.PathLike[str]) -> Shape:
-    """The shape of a directory with a config.json, of such a file, or of a built-in name (case does not matter).
+    """The shape of a directory with a config.json, of such a file, or of a built-in name.
+
+    Of a name, neither its case nor its owner matter, nor -Instruct, -chat, -it and the like: meta-llama/Llama-2-7b-hf.
 
     Raises:
-        CheckpointError: config.json is damaged, or names a model that neither transformers nor the formula knows.
+        CheckpointError: config.json is damaged, or names a model that neither transformers nor the formula knows; or
+            there is a GGUF file instead.
         ValueError: neither a path nor a name that is built in; the message has those that are.
     """
     path = Path(model)
     if path.is_dir():
+        if not (path / "config.json").is_file() and (found := next(iter(sorted(path.glob("*.gguf"))), None)):
+            raise _gguf(found)
         return _of_config(path / "config.json")
+    if path.suffix == ".gguf" and path.exists():
+        raise _gguf(path)
     if path.is_file():
         return _of_config(path)
     names = {name.lower(): name for name in BUILT_IN}
     key = str(model).rpartition("/")[2].lower()  # meta-llama/Llama-3.1-8B
-    if key in names:
-        return BUILT_IN[names[key]]
-    close = difflib.get_close_matches(key, names, 3, 0.5)
-    hint = f"; did you mean {' or '.join(names[name] for name in close)}?" if close else ""
+    parts = key.removeprefix("meta-").split("-")
+    short = "-".join(part for part in parts if part not in _SAME_BUILD)
+    for known in (key, short):
+        if found_name := names.get(known) or _RELEASES.get(known):
+            return BUILT_IN[found_name]
+    close = difflib.get_close_matches(short, names, 3, 0.5)
+    hint = f"; did you mean {' or '.join(names[name] for name in close)}?" if close else "."
     raise ValueError(
-        f"model is {str(model)!r}: no such file or directory, and no built-in shape{hint} Built in are "
-        f"{', '.join(BUILT_IN)}; any other needs its config.json"
+        f"model is {str(model)!r}: no such file or directory, and no built-in shape{hint} Any other needs its "
+        f"config.json: that file or its directory, no weights. Built in are {', '.join(BUILT_IN)}"
+    )
+
+
+def _gguf(file: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: a GGUF file, which has no config.json; `nybble import {file} DIRECTORY` writes a directory that does"
     )
 
 
@@ -256,12 +312,12 @@ def _of_skeleton(file: Path, name: str, quantized: bool) -> Shape:
     from ..checkpoint.load import skeleton
 
     if file.name == "config.json":
-        model: Any = skeleton(file.parent)
+        model: Any = skeleton(file.parent, values=False)
     else:
         with tempfile.TemporaryDirectory() as directory:
             shutil.copyfile(file, Path(directory) / "config.json")
             try:
-                model = skeleton(Path(directory))
+                model = skeleton(Path(directory), values=False)
             except CheckpointError as error:
                 raise CheckpointError(f"{file}: {error}") from error
     return shape_of(model, name, quantized=quantized)
@@ -288,6 +344,9 @@ def shape_of(model: Any, name: str | None = None, *, quantized: bool = False) ->
     if missing or getattr(table, "weight", None) is None:
         raise ValueError(f"{name}: its configuration does not tell {', '.join(missing) or 'its input embedding'}")
     hidden, layers, heads = (int(sizes[field]) for field in ("hidden", "layers", "heads"))
+    both = bool(getattr(config, "is_encoder_decoder", False))
+    if both:
+        layers += int(_first(config, "num_decoder_layers", "decoder_layers") or layers)
     head = model.get_output_embeddings()
     matrices = _matrices(model, head)
     kv_heads = int(_first(config, "num_key_value_heads") or heads)
@@ -296,7 +355,9 @@ def shape_of(model: Any, name: str | None = None, *, quantized: bool = False) ->
     width = int(_first(config, "intermediate_size", "n_inner", "ffn_dim", "hidden_dim") or 4 * hidden)
     if experts:
         active = int(_first(config, "num_experts_per_tok") or 1)
-        width = int(_first(config, "moe_intermediate_size") or width) * active
+        each = int(_first(config, "moe_intermediate_size") or width)
+        shared = int(_first(config, "shared_expert_intermediate_size") or 0)
+        width = each * (active + int(_first(config, "n_shared_experts") or 0)) + shared
     return Shape(
         name=name,
         source="config.json, counted by transformers",
@@ -305,7 +366,7 @@ def shape_of(model: Any, name: str | None = None, *, quantized: bool = False) ->
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
-        head_dim=int(_first(config, "head_dim") or hidden // heads),
+        head_dim=_head_dim(config) or hidden // heads,
         vocab=table.weight.shape[0],
         tied=head is not None and head.weight is table.weight,
         gated=gated,
@@ -313,9 +374,16 @@ def shape_of(model: Any, name: str | None = None, *, quantized: bool = False) ->
         parameters=sum(p.numel() for p in model.parameters()),  # parameters() has a tied one once
         context=_first(config, "max_position_embeddings", "n_positions"),
         head=head is not None,
+        causal=head is not None and not both and (not hasattr(model, "can_generate") or model.can_generate()),
         experts=experts,
         quantized=quantized,
     )
+
+
+def _head_dim(config: Any) -> int:
+    """Of queries and keys; where a part of them is rotated and a part not (DeepSeek), of both. 0: as usual."""
+    rotated, rest = (_first(config, name) for name in ("qk_rope_head_dim", "qk_nope_head_dim"))
+    return int(rotated + rest if rotated and rest else _first(config, "head_dim") or 0)
 
 
 def _first(config: Any, *names: str) -> Any:
