@@ -50,7 +50,8 @@ def command(
     config = GenerationConfig(
         max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, tuple(stop or ()), seed
     )
-    asked = [(f"prompt {number}", text, ...) for number, text in enumerate(prompt or ())]
+    given = prompt or []
+    asked = [(f"prompt {number}" if len(given) > 1 else "prompt", text, ...) for number, text in enumerate(given)]
     asked += read_prompts(prompts) if prompts is not None else []
     if not asked:
         raise ValueError("no prompt: give one, or a file of them with --prompts")
