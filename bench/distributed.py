@@ -20,10 +20,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from distributed_worker import Job
 from finetune import prepare
 from rich.console import Console
 from rich.table import Table
+
+import nybble
+from nybble.backends.products import emulated
+from nybble.planning import Cluster, Work, find_shape, scaled_step
+from nybble.planning.shapes import Shape
 
 SIZES = (1, 2, 4)
 #: What the losses are compared in: the same global batch, 4 rows of 128 words, 4 steps.
@@ -33,7 +39,8 @@ LOSSES = {
     for parallel, sizes in (("none", (1,)), ("ddp", SIZES[1:]), ("fsdp", SIZES[1:]))
     for size in sizes
 }
-#: What memory is measured with: one row of 64 words for every process, so that weights are most of it.
+#: What memory is measured with: one row of 64 words for every process, so that weights are most of it; what is held, as
+#: `nybble plan` counts it, so without the holes of glibc's heap (low_memory).
 MEMORY = {
     f"memory {method} {parallel} {size}": (parallel, size, method, "bf16", size, 64, 3)
     for method in ("lora", "full")
@@ -54,7 +61,8 @@ def measure(name: str, files: dict[str, str], directory: Path) -> list[dict[str,
 def run(name: str, files: dict[str, str]) -> list[dict[str, Any]]:
     parallel, size, method, dtype, batch_size, seq_len, steps = PIECES[name]
     model = files["nf4"] if method == "lora" else files["bf16"]
-    job = Job(parallel, method, model, files["adapter"], files["rows.pt"], steps, batch_size, seq_len, dtype)
+    low_memory = name in MEMORY
+    job = Job(parallel, method, model, files["adapter"], files["rows.pt"], steps, batch_size, seq_len, dtype, low_memory)
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
@@ -87,14 +95,22 @@ def losses_table(found: dict[str, list[dict[str, Any]]]) -> Table:
     return table
 
 
-def memory_table(found: dict[str, list[dict[str, Any]]]) -> Table:
+def memory_table(found: dict[str, list[dict[str, Any]]], shape: Shape) -> Table:
     table = Table(title="Peak memory of the largest process above its imports, MB, one row of 64 words a process")
-    for column in ("method", "parallel", "processes", "its own", "with its share of common pages", "all together"):
+    for column in ("method", "parallel", "processes", "its own", "with its share of common pages", "formula", "error"):
         table.add_column(column)
-    for name, (parallel, size, method, *_) in MEMORY.items():
-        if name in found:
-            own, share = ([r["memory"][kind] / 1e6 for r in found[name]] for kind in ("own", "share"))
-            table.add_row(method, parallel, str(size), f"{max(own):.0f}", f"{max(share):.0f}", f"{sum(share):.0f}")
+    for name, (parallel, size, method, _, _, seq_len, _) in MEMORY.items():
+        if name not in found:
+            continue
+        own, share = (max(r["memory"][kind] for r in found[name]) for kind in ("own", "share"))
+        cells = [f"{own / 1e6:.0f}", f"{share / 1e6:.0f}"]
+        if parallel == "fsdp":  # DDP's processes share the pages of one mapped file; on machines of their own they do not
+            cpu = {"matrix_unit": nybble.active_isa() == "amx", "widened": emulated(torch.bfloat16)}
+            work = Work(batch=1, seq=seq_len, **cpu)
+            base = "nf4" if method == "lora" else "fp32"
+            step = scaled_step(shape, method, base, work, Cluster(size, "fsdp"), checkpointing=False)
+            cells += [f"{step.rank.above_imports / 1e6:.0f}", f"{step.rank.above_imports / share - 1:+.1%}"]
+        table.add_row(method, parallel, str(size), *cells)
     return table
 
 
@@ -133,7 +149,7 @@ def main() -> None:
         known = {name for name in PIECES if (directory / f"{name.replace(' ', '-')}.json").exists()}
         found = {name: measure(name, files, directory) for name in PIECES if name in known}
         console = Console(width=130)
-        for table in (losses_table(found), memory_table(found), bytes_table(found)):
+        for table in (losses_table(found), memory_table(found, find_shape(files["bf16"])), bytes_table(found)):
             if table.row_count:
                 console.print(table)
 

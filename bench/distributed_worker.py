@@ -30,7 +30,7 @@ from nybble.training.distributed import sharded  # likewise
 
 @dataclass(frozen=True)
 class Job:
-    """parallel: "none", "ddp" or "fsdp"; method: "lora" over `model`, or "full"; dtype: of TrainConfig."""
+    """parallel: "none", "ddp" or "fsdp"; method: "lora" over `model`, or "full"; dtype, low_memory: of TrainConfig."""
 
     parallel: str
     method: str
@@ -41,6 +41,7 @@ class Job:
     batch_size: int
     seq_len: int
     dtype: str
+    low_memory: bool
 
 
 def memory() -> dict[str, int]:
@@ -154,6 +155,7 @@ def main() -> None:
         min_lr_ratio=1.0,
         dtype=job.dtype,
         parallel=job.parallel,
+        low_memory=job.low_memory,
     )
     rows = torch.load(job.tokens)[:, : job.seq_len + 1].contiguous()
     before: list[str] = []

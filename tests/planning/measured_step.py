@@ -1,7 +1,7 @@
 """A process that trains a few steps and tells how much memory it took: what predictions are held against.
 
-python measured_step.py JOB      JOB: JSON of `model` (a directory), `method`, `base`, `batch`, `seq`, `checkpointing`,
-    `optimizer`, `rank`, `steps`, `low_memory`
+python measured_step.py JOB      JOB: JSON of `model` (a directory), `method`, `base`, `batch` (of this process), `seq`,
+    `checkpointing`, `optimizer`, `rank`, `steps`, `low_memory`; with WORLD_SIZE in the environment one of several, FSDP2
 
 Prints a line of JSON: the peak above what the process held after its imports, in bytes, and the CPU's seconds. Pages
 of the mapped checkpoint that were read count as held.
@@ -10,6 +10,7 @@ of the mapped checkpoint that were read count as held.
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -29,14 +30,19 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
 
     import nybble
     from nybble.training import loop  # noqa: F401  # likewise
+    from nybble.training.distributed import sharded  # noqa: F401  # likewise
     from nybble.training.methods import Method, apply
 
     imports = resident("VmRSS")
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world > 1:
+        torch.distributed.init_process_group("gloo")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "nf4": None}[job["base"]]
     model: Any = nybble.load(job["model"], dtype=dtype)
     method = job["method"]
     apply(model, Method(method, **({"rank": job["rank"]} if method in ("lora", "dora") else {})))
-    batch, seq, steps = job["batch"], job["seq"], job["steps"]
+    batch, seq, steps = job["batch"] * world, job["seq"], job["steps"]
+    torch.manual_seed(0)
     ids = torch.randint(model.config.vocab_size, (batch * seq * steps + 1,))
     config = nybble.TrainConfig(
         steps=steps,
@@ -45,10 +51,15 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         gradient_checkpointing=job["checkpointing"],
         optimizer=job["optimizer"],
         low_memory=job["low_memory"],
+        parallel="fsdp" if world > 1 else "none",
     )
     started = time.process_time()
     nybble.finetune(model, ids, config, show=False)
-    return {"peak": resident("VmHWM") - imports, "cpu": time.process_time() - started}
+    found = {"peak": resident("VmHWM") - imports, "cpu": time.process_time() - started}
+    if world > 1:
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    return found
 
 
 if __name__ == "__main__":

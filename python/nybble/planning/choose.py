@@ -278,9 +278,9 @@ def _notes(shape: Shape, work: Work) -> Iterator[str]:
     if work.device == "cpu":
         yield "weights are counted as resident; pages of a mapped checkpoint can be given back when memory is short"
         yield (
-            f"counted is what training holds with {LOW_MEMORY}. Without it glibc's heap keeps holes beside, 1.2 to 2.6 "
-            "times as much in all, most of it with small models and checkpointing; giving them back takes 13 to 27% of "
-            "a step's CPU time at hidden size 1,024"
+            f"counted is what training holds with {LOW_MEMORY}. Without it glibc's heap keeps holes beside, 1.1 to 2.6 "
+            "times as much in all, most of it with small models and checkpointing; giving them back makes a step take "
+            "1.1 to 1.5 times its CPU time at hidden size 1,024"
         )
     if work.device != "cpu":
         unit = {"cuda": "a GPU", "unified": "unified memory"}[work.device]

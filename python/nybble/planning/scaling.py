@@ -18,6 +18,9 @@ from .work import TABLES, Work, adapted, packed_bytes, trained_count
 SHARDINGS = ("fsdp", "ddp")
 #: Layers whose weights a rank holds whole at a time: the one at work and the next, which is on its way.
 GATHERED_LAYERS = 2
+#: gloo's threads and the code of FSDP2 on the CPU, beside what a process alone has: measured on a model whose tensors
+#: are subtracted. NCCL's buffers have not been measured; what CUDA_CONTEXT assumes is to hold them.
+GROUP = 5_000_000
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,7 @@ def scaled_step(shape: Shape, method: str, base: str, work: Work, cluster: Clust
     # A ring's all-reduce is a reduction to parts and a gathering of these: each rank receives both.
     received = round(share * (gathered + reduced * (2 if cluster.sharding == "ddp" else 1)))
     operations = step_operations(shape, method, work, checkpointing)
-    if cluster.sharding == "ddp" or cluster.ranks == 1:
+    if cluster.sharding == "ddp":
         rank = estimate(shape, method, base, work, checkpointing)
     else:
         rank = _sharded(shape, method, base, work, checkpointing, cluster)
@@ -196,6 +199,8 @@ def _sharded(shape: Shape, method: str, base: str, work: Work, checkpointing: bo
         ),
         Line("workspace", "head and last norm, gathered for the whole step", outer),
     ]
+    if work.device == "cpu":
+        whole.append(Line("runtime", "gloo's threads, FSDP2's code (measured)", GROUP))
     if method == "full":
         whole.append(Line("gradients", "a layer's, before they are reduced to parts", layers // shape.layers))
     found = {}

@@ -50,8 +50,8 @@ def returned_heap(smallest: int = _SMALL) -> Iterator[None]:
     For weights that are gathered before a layer and freed after it: on the heap they leave holes, which the next
     layer's do not fill exactly, and a process held 460 MB of a model of 170 M parameters where it has 60 MB of its own.
     With `LEAST` next to nothing is held beside the tensors that live: a step of that model with checkpointing holds 274
-    MB, on the heap 478. The price is that each block comes in new pages: with `LEAST` 13 to 27% of a step's CPU time
-    at hidden size 1,024. Elsewhere, and with a malloc that the environment configures, it does nothing.
+    MB, on the heap 478. The price is that each block comes in new pages: with `LEAST` 1.1 to 1.5 times a step's CPU
+    time at hidden size 1,024. Elsewhere, and with a malloc that the environment configures, it does nothing.
     """
     libc = None if any(name in os.environ for name in _USERS) else _glibc()
     if libc is None:
