@@ -1,7 +1,9 @@
 """A process that trains a few steps and tells how much memory it took: what predictions are held against.
 
-python measured_step.py JOB      JOB: JSON of `model` (a directory), `method`, `base`, `batch` (of this process), `seq`,
-    `checkpointing`, `optimizer`, `rank`, `steps`, `low_memory`; with WORLD_SIZE in the environment one of several, FSDP2
+python measured_step.py JOB      JOB: JSON of `model` (a directory), `method`, `base`, `batch` (of this process),
+    `seq`, `checkpointing`, `optimizer`, `rank`, `steps`, `low_memory`
+
+With WORLD_SIZE in the environment it is one of several processes, with FSDP2.
 
 Prints a line of JSON: the peak above what the process held after its imports, in bytes, and the CPU's seconds. Pages
 of the mapped checkpoint that were read count as held.

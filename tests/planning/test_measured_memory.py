@@ -1,4 +1,4 @@
-"""Predictions beside measured peaks: each configuration is trained in a process of its own, or with FSDP2 in several."""
+"""Predictions beside measured peaks: each configuration is trained in a process of its own, with FSDP2 in several."""
 
 from __future__ import annotations
 
@@ -83,9 +83,7 @@ def _peaks(models: dict[str, Path], configuration: Configuration, processes: int
         environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         environment |= {"OMP_NUM_THREADS": "1"}
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    started = [
-        subprocess.Popen(command, env={**environment, "RANK": str(rank)}, **pipes) for rank in range(processes)
-    ]
+    started = [subprocess.Popen(command, env={**environment, "RANK": str(rank)}, **pipes) for rank in range(processes)]
     ended = [process.communicate() for process in started]
     assert not any(process.returncode for process in started), ended[0][1][-2000:]
     return [int(json.loads(out.splitlines()[-1])["peak"]) for out, _ in ended]

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..nn import mixture
 from .architecture import Architecture, Names, describe, import_transformers, model_class, model_config, named, skeleton
 from .bnb import group, source_quantization
 from .files import Source, open_source
@@ -68,6 +69,7 @@ def load(
     block = (source.config() or {}).get("quantization_config")
     if isinstance(block, dict):
         model.config.quantization_config = block  # for save_pretrained
+    mixture.use(model)
     return model.eval()
 
 
@@ -82,6 +84,7 @@ def _load_plain(source: Source, dtype: torch.dtype | None, device: str | torch.d
         model: nn.Module = cls.from_pretrained(
             str(source.root), dtype=dtype, local_files_only=True, use_safetensors=True
         )
+    mixture.use(model)
     return model.to(device).eval()
 
 

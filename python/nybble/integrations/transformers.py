@@ -172,7 +172,7 @@ class NybbleQuantizer(HfQuantizer):
             return model
         from ..checkpoint.files import Source, read_header
         from ..checkpoint.load import Reader
-        from ..nn import QuantLinear
+        from ..nn import QuantLinear, mixture
         from ..nn.experts import keep_packed
         from ..tensor import QuantTensor
 
@@ -197,6 +197,7 @@ class NybbleQuantizer(HfQuantizer):
                 raise CheckpointError(f"{where} has shape {list(tensor.shape)}, the model wants {list(shape)}")
             owner, _, leaf = self._expert_paths[name].rpartition(".")
             keep_packed(model.get_submodule(owner), leaf, tensor, dtype)
+        mixture.use(model)
         return model
 
     def _quantize(self, model: Any) -> None:

@@ -44,6 +44,15 @@ class _OnUse(nn.Module):
     def decode(self, packed: Tensor) -> Tensor:
         raise NotImplementedError
 
+    def expert(self, packed: Tensor, e: int) -> list[QuantTensor] | None:
+        """Packed weights, of views, whose rows one after the other are those of expert e [rows, columns]; None where
+        the bytes cannot be cut so."""
+        raise NotImplementedError
+
+    def place(self, packed: Tensor, e: int) -> int:
+        """An address that changes when the tensors of `expert` do."""
+        raise NotImplementedError
+
     def forward(self, packed: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return self.decode(packed)
@@ -96,6 +105,32 @@ class DecodedOnUse(_OnUse):
     def decode(self, packed: Tensor) -> Tensor:
         return self.quant_tensor(packed).dequantize(self.dtype)
 
+    def expert(self, packed: Tensor, e: int) -> list[QuantTensor] | None:
+        whole = self.quant_tensor(packed)
+        if len(whole.shape) != 3 or not whole.block_size:
+            return None
+        size = whole.shape[1] * whole.shape[2]
+        blocks, rest = divmod(size, whole.block_size)
+        if rest or size % 2 or (whole.is_nested and blocks % whole.nested_block_size):
+            return None
+        nested = whole.nested_absmax
+        if nested is not None:
+            groups = blocks // whole.nested_block_size
+            nested = nested[e * groups : (e + 1) * groups]
+        return [
+            replace(
+                whole,
+                shape=whole.shape[1:],
+                packed=whole.packed[e * size // 2 : (e + 1) * size // 2],
+                absmax=whole.absmax[e * blocks : (e + 1) * blocks],
+                nested_absmax=nested,
+            )
+        ]
+
+    def place(self, packed: Tensor, e: int) -> int:
+        absmax: Any = self.absmax
+        return int(packed.data_ptr() ^ absmax.data_ptr())
+
 
 class _Part(DecodedOnUse):
     """One of the packed weights that a parameter is made of, with its bytes."""
@@ -125,14 +160,51 @@ class FusedOnUse(_OnUse):
         super().__init__(dtype, next(iter(parts.values())).packed.device)
         self.shape, self.names, self._make = shape, list(parts), make
         self.parts = nn.ModuleList(_Part(tensor, dtype) for tensor in parts.values())
+        self._numbers = _rows_of(make, parts, shape)
 
     def tensors(self) -> dict[str, QuantTensor]:
         """The packed weights, of views."""
         parts: Any = self.parts
         return {name: part.quant_tensor(part.packed) for name, part in zip(self.names, parts, strict=True)}
 
+    def expert(self, packed: Tensor, e: int) -> list[QuantTensor] | None:
+        if self._numbers is None:
+            return None
+        parts: Any = self.parts
+        return [parts[number].quant_tensor(parts[number].packed) for number in self._numbers[e]]
+
+    def place(self, packed: Tensor, e: int) -> int:
+        assert self._numbers is not None
+        parts: Any = self.parts
+        place = 0
+        for number in self._numbers[e]:
+            place ^= parts[number].packed.data_ptr() ^ parts[number].absmax.data_ptr()
+        return place
+
     def decode(self, packed: Tensor) -> Tensor:
         return self._make({name: tensor.dequantize(self.dtype) for name, tensor in self.tensors().items()})
+
+
+def _rows_of(
+    make: Callable[[Mapping[str, Tensor]], Tensor], parts: Mapping[str, QuantTensor], shape: tuple[int, ...]
+) -> list[list[int]] | None:
+    """For each expert the numbers of the parts whose rows, one after the other, are its own; None if it is made in
+    another way. Found out on small stand-ins that hold their numbers."""
+    rows, columns = 2, 3
+    stand_ins = {name: torch.full((rows, columns), float(i)) for i, name in enumerate(parts)}
+    if len(shape) != 3 or len(parts) % shape[0] or any(len(tensor.shape) != 2 for tensor in parts.values()):
+        return None
+    each = len(parts) // shape[0]
+    made = make(stand_ins)
+    if made.shape != (shape[0], each * rows, columns):
+        return None
+    found = made.view(shape[0], each, rows * columns)
+    if not torch.equal(found, found[..., :1].expand_as(found)):
+        return None
+    numbers = [[int(i) for i in expert] for expert in found[..., 0].tolist()]
+    sizes = [tensor.shape for tensor in parts.values()]
+    fits = all(sum(sizes[i][0] for i in own) == shape[1] and sizes[own[0]][1] == shape[2] for own in numbers)
+    return numbers if fits and sorted(i for own in numbers for i in own) == list(range(len(parts))) else None
 
 
 def keep_packed(module: nn.Module, name: str, tensor: QuantTensor, dtype: torch.dtype) -> None:

@@ -34,28 +34,39 @@ def layer(shape: Shape, method: str, base: str, work: Work) -> list[Kept]:
     stream = 4 if base == "fp32" else e  # fp32 weights: embeddings and norms are fp32, and so is the residual stream
     updates = method in ("lora", "dora")
     norm = stream if work.kernels else 4
-    kept = [Kept("inputs of both norms", 2 * norm * h), Kept("norms' divisors", 8)]
+    kept = [Kept(f"inputs of {shape.norms} norms", shape.norms * norm * h), Kept("norms' divisors", 4 * shape.norms)]
+    if shape.query_norm:
+        kept.append(Kept("queries and keys before their norms", e * (shape.queries + shape.keys)))
+    # Experts of a mixture are frozen (nn.mixture): they keep what comes before the gate, and nothing of their input.
+    frozen = shape.experts > 0 and method != "full"
+    if shape.experts:
+        kept.append(Kept("router's shares in fp32, and where each token goes", 3 * 4 * shape.experts))
     if method == "full":  # autocast rounds a norm's fp32 output anew for every projection
         count = 5 if shape.gated else 4
         kept.append(Kept(f"inputs of {count} projections", count * e * h))
     elif updates:
-        kept.append(Kept("inputs of the projections", 2 * e * h))
+        kept.append(Kept("inputs of the projections", (1 if frozen else 2) * e * h))
     kept.append(Kept("queries and attention's output", 2 * e * shape.queries))
-    if method == "prefix":
+    if shape.capped:  # transformers' own attention: scores and weights of every head
+        seen = work.seq + (work.tokens if method == "prefix" else 0)
+        kept.append(Kept("scores capped (bf16), softmax (fp32, bf16)", 8 * shape.heads * seen))
+        kept.append(Kept("keys and values, for all heads", 2 * e * shape.queries))
+    elif method == "prefix":
         # With a mask, transformers repeats keys and values for every query head; the mask is one for all rows.
         longer = (work.seq + work.tokens) / work.seq
         kept.append(Kept("keys and values behind the prefix, for all heads", 2 * e * shape.queries * longer))
         kept.append(Kept("mask", 0, work.seq * (work.seq + work.tokens)))
     else:
         kept.append(Kept("keys and values", 2 * e * shape.keys))
-    kept.append(Kept("logsumexp of the scores", 4 * shape.heads))
+    if not shape.capped:
+        kept.append(Kept("logsumexp of the scores", 4 * shape.heads))
     if shape.gated:
         kept.append(Kept("gate and up", 2 * e * f))
-        if not work.kernels:
+        if not work.kernels and not frozen:
             kept.append(Kept("the activated gate", e * f))
     else:
         kept.append(Kept("the activation's input", e * f))
-    if method == "full" or updates:
+    if method == "full" or (updates and not frozen):
         kept.append(Kept("input of down", e * f))
     if updates:
         layers = [m for m in adapted(shape) if m.count >= shape.layers]
@@ -80,8 +91,20 @@ def not_kept_by_first(shape: Shape, method: str, base: str, work: Work) -> float
 
 def in_flight(shape: Shape, method: str, base: str, work: Work) -> float:
     """Bytes a token of gradients on their way at the most, in the gated unit's backward pass: that of its output, those
-    of gate and up, and the residual's; the down projection's input is free by then."""
+    of gate and up, and the residual's; the down projection's input is free by then. Where attention keeps its scores,
+    it may be theirs: two in fp32 around the softmax, less the weights that are free by then."""
+    h = shape.hidden
+    stream = 4 if base == "fp32" else ACTIVATION
+    if shape.capped:
+        return max(_in_flight_of_ffn(shape, method, base, work), 6 * shape.heads * work.seq + stream * h)
+    return _in_flight_of_ffn(shape, method, base, work)
+
+
+def _in_flight_of_ffn(shape: Shape, method: str, base: str, work: Work) -> float:
     e, h, f = ACTIVATION, shape.hidden, shape.ffn
     stream = 4 if base == "fp32" else e
+    if shape.experts and method != "full":
+        # One expert at a time, in fp32 where gradients meet; the sum over experts, and what the router adds to it.
+        return e * f * (3 if shape.gated else 2) + (stream + 4 + 3 * e) * h
     freed = e * f if method in ("lora", "dora", "full") else 0
     return e * f * (3 if shape.gated else 2) - freed + stream * h

@@ -305,6 +305,11 @@ class _Step:
         lines.append(
             _line("loss", f"logits in bf16: 2 bytes x {chunk} tokens x {shape.vocab:,}", 2 * chunk * shape.vocab)
         )
+        if shape.capped:
+            size = 4 * chunk * shape.vocab
+            lines.append(
+                _line("loss", f"logits as they are capped: 2 x 2 bytes x {chunk} tokens x {shape.vocab:,}", size)
+            )
         scratch = 2 << 20 if work.device == "cpu" else 4 * chunk * shape.vocab
         lines.append(_line("loss", "softmax's fp32 scratch", min(scratch, 4 * chunk * shape.vocab)))
         if self.full:

@@ -19,6 +19,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import CheckpointError
@@ -64,6 +65,9 @@ class Shape:
         causal: whether that head's model writes text from left to right, as `nybble finetune` and `generate` need it;
             not so of masked language models and of encoder-decoders, whose `layers` are those of both stacks.
         matrices: all linear layers but the head.
+        norms: of the hidden width, a layer. query_norm: whether queries and keys are normalized head by head.
+        capped: whether scores and logits are capped softly (Gemma 2), or scores at least are computed in the open, so
+            that attention keeps them.
         parameters: all of them, tied ones once. quantized: whether config.json says that the weights are packed.
         stored: the dtype that config.json names, if it does.
     """
@@ -87,6 +91,9 @@ class Shape:
     experts: int = 0
     quantized: bool = False
     stored: str | None = None
+    norms: int = 2
+    query_norm: bool = False
+    capped: bool = False
 
     @property
     def queries(self) -> int:
@@ -128,6 +135,7 @@ def decoder(
     bias: tuple[str, ...] = (),
     query_norm: bool = False,
     norms: int = 2,
+    capped: bool = False,
     fused: bool = False,
     experts: int = 0,
     active: int = 0,
@@ -139,8 +147,8 @@ def decoder(
 
     Args:
         bias: the projections that have one. query_norm: queries and keys are normalized head by head (Qwen3).
-        norms: of a layer; Gemma has two after its parts too. fused: queries, keys and values are one projection, gate
-            and up another (Phi).
+        norms: of a layer; Gemma has two after its parts too. capped: see `Shape`. fused: queries, keys and values are
+            one projection, gate and up another (Phi).
         experts, active: of a mixture with a router (Mixtral): how many a layer has, and act on a token.
 
     >>> decoder("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256).parameters
@@ -175,7 +183,7 @@ def decoder(
     return Shape(
         name, source, hidden, ffn * max(1, active), layers, heads, kv_heads, head_dim, vocab, tied, True,
         tuple(matrices), sum(m.weights for m in matrices) + biases + normed + routers + embeddings,
-        context, True, True, experts, quantized,
+        context, True, True, experts, quantized, None, norms, query_norm, capped,
     )  # fmt: skip
 
 
@@ -184,7 +192,7 @@ _QWEN2: dict[str, Any] = {"bias": _QKV, "context": 32768}
 _LLAMA3: dict[str, Any] = {"context": 131072}
 _LLAMA2: dict[str, Any] = {"context": 4096}
 _QWEN3: dict[str, Any] = {"head_dim": 128, "query_norm": True, "context": 40960}
-_GEMMA2: dict[str, Any] = {"norms": 4, "context": 8192}
+_GEMMA2: dict[str, Any] = {"norms": 4, "capped": True, "context": 8192}
 
 #: As their publishers' config.json files have them.
 BUILT_IN: dict[str, Shape] = {
@@ -377,7 +385,20 @@ def shape_of(model: Any, name: str | None = None, *, quantized: bool = False) ->
         causal=head is not None and not both and (not hasattr(model, "can_generate") or model.can_generate()),
         experts=experts,
         quantized=quantized,
+        norms=_norms(model, hidden, layers),
+        query_norm=any(path.endswith((".q_norm", ".query_norm")) for path, _ in model.named_modules()),
+        capped=not getattr(type(model), "_supports_sdpa", True),
     )
+
+
+def _norms(model: nn.Module, hidden: int, layers: int) -> int:
+    """Norms of the hidden width, a layer; one may stand before or behind all layers."""
+    count = 0
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if type(module).__name__.endswith("Norm") and isinstance(weight, torch.Tensor):
+            count += tuple(weight.shape) == (hidden,)
+    return max(1, count // layers)
 
 
 def _head_dim(config: Any) -> int:
