@@ -139,6 +139,7 @@ bench-fidelity: $(VENV)/.bench $(VENV)/.demo
 
 bench-training: $(VENV)/.bench $(VENV)/.demo
 	$(BIN)/python bench/finetune.py
+	$(BIN)/python bench/mixture.py
 	$(BIN)/python bench/methods.py all $(BENCH_ARGS)
 	$(BIN)/python bench/distributed.py
 

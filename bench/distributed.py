@@ -62,7 +62,9 @@ def run(name: str, files: dict[str, str]) -> list[dict[str, Any]]:
     parallel, size, method, dtype, batch_size, seq_len, steps = PIECES[name]
     model = files["nf4"] if method == "lora" else files["bf16"]
     low_memory = name in MEMORY
-    job = Job(parallel, method, model, files["adapter"], files["rows.pt"], steps, batch_size, seq_len, dtype, low_memory)
+    job = Job(
+        parallel, method, model, files["adapter"], files["rows.pt"], steps, batch_size, seq_len, dtype, low_memory
+    )
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
         port = opened.getsockname()[1]
@@ -104,7 +106,9 @@ def memory_table(found: dict[str, list[dict[str, Any]]], shape: Shape) -> Table:
             continue
         own, share = (max(r["memory"][kind] for r in found[name]) for kind in ("own", "share"))
         cells = [f"{own / 1e6:.0f}", f"{share / 1e6:.0f}"]
-        if parallel == "fsdp":  # DDP's processes share the pages of one mapped file; on machines of their own they do not
+        if (
+            parallel == "fsdp"
+        ):  # DDP's processes share the pages of one mapped file; on machines of their own they do not
             cpu = {"matrix_unit": nybble.active_isa() == "amx", "widened": emulated(torch.bfloat16)}
             work = Work(batch=1, seq=seq_len, **cpu)
             base = "nf4" if method == "lora" else "fp32"

@@ -57,8 +57,10 @@ def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
     Returns:
         [tokens, width] in the dtype of `hidden`; differentiable once, in `hidden` and `weights`.
     """
-    sides = None if _watched(module, hidden) else _sides(module)
-    if sides is None or not (_packed(module) or torch.is_grad_enabled() or emulated(hidden.dtype)):
+    # Without gradients transformers' products with plain weights are as fast.
+    ours = bool(computed_parameters(module)) or torch.is_grad_enabled() or emulated(hidden.dtype)
+    sides = _sides(module) if ours and not _watched(module, hidden) else None
+    if sides is None:
         from transformers.integrations.moe import grouped_mm_experts_forward
 
         return grouped_mm_experts_forward(module, hidden, index, weights)
@@ -77,11 +79,6 @@ def _watched(module: Any, hidden: Tensor) -> bool:
         or module.has_post_expert_norm
         or (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
     )
-
-
-def _packed(module: nn.Module) -> bool:
-    """Whether its weights are; products with plain ones are as fast in transformers, where no gradient is wanted."""
-    return bool(computed_parameters(module))
 
 
 # ---- one projection of all experts -----------------------------------------------------------------------------------
@@ -140,6 +137,8 @@ def _parts(decoder: _OnUse, original: Tensor, e: int) -> list[PackedWeight]:
     known = _bound.setdefault(decoder, {})
     place = decoder.place(original, e)
     if e not in known or known[e][0] != place:
+        if e in known:  # the module was moved or loaded anew: nothing of what it had is to live on
+            known.clear()
         tensors = decoder.expert(original, e)
         assert tensors is not None
         known[e] = place, [BoundWeight.of(tensor.packed_weight()) for tensor in tensors]

@@ -258,8 +258,13 @@ def _notes(shape: Shape, work: Work) -> Iterator[str]:
     if shape.experts:
         yield (
             f"a mixture of {shape.experts} experts: LoRA and DoRA stand beside the attention's layers only, experts "
-            "are frozen; what they keep is counted for the experts that act, and has not been measured"
+            "are frozen"
         )
+        if work.device == "cpu":
+            yield (
+                "transformers copies plain experts together while loading: as much of the file's pages as they take is "
+                "resident beside what is counted, until memory is short"
+            )
     if shape.stored == "float32" and not shape.quantized:
         yield (
             "config.json says float32, and `nybble finetune` keeps what it does not quantize as it is: the rows here "

@@ -16,7 +16,7 @@ from .shapes import Shape
 from .work import TABLES, Work, adapted, packed_bytes, trained_count
 
 SHARDINGS = ("fsdp", "ddp")
-#: Layers whose weights a rank holds whole at a time: the one at work and the next, which is on its way.
+#: Layers whose weights a rank holds whole in the backward pass: the one at work and the next, which is on its way.
 GATHERED_LAYERS = 2
 #: gloo's threads and the code of FSDP2 on the CPU, beside what a process alone has: measured on a model whose tensors
 #: are subtracted. NCCL's buffers have not been measured; what CUDA_CONTEXT assumes is to hold them.
@@ -191,18 +191,14 @@ def _sharded(shape: Shape, method: str, base: str, work: Work, checkpointing: bo
     """The memory of a rank: parts of what is stored, whole what is at work."""
     ranks = cluster.ranks
     layers, _, outer = _units(shape, method, base, work)
-    whole = [
-        Line(
-            "workspace",
-            f"{GATHERED_LAYERS} of {shape.layers} layers, gathered",
-            GATHERED_LAYERS * layers // shape.layers,
-        ),
-        Line("workspace", "head and last norm, gathered for the whole step", outer),
-    ]
+    own = layers // shape.layers
+    whole = [Line("workspace", "head and last norm, gathered for the whole step", outer)]
     if work.device == "cpu":
         whole.append(Line("runtime", "gloo's threads, FSDP2's code (measured)", GROUP))
+    last = Line("workspace", f"the last of {shape.layers} layers, as it was gathered", own)
+    backward = [Line("workspace", f"{GATHERED_LAYERS} of {shape.layers} layers, gathered", GATHERED_LAYERS * own)]
     if method == "full":
-        whole.append(Line("gradients", "a layer's, before they are reduced to parts", layers // shape.layers))
+        backward.append(Line("gradients", "a layer's, before they are reduced to parts", own))
     found = {}
     for name, lines in moments(shape, method, base, work, checkpointing).items():
         cut = [
@@ -211,5 +207,6 @@ def _sharded(shape: Shape, method: str, base: str, work: Work, checkpointing: bo
             else line
             for line in lines
         ]
-        found[name] = cut if name == "optimizer step" else [*cut, *whole]
+        gathered = [last] if name == "loss" else backward  # in the loss no layer is at work
+        found[name] = cut if name == "optimizer step" else [*cut, *gathered, *whole]
     return peak_of(found, shape, method, base, work, checkpointing)
