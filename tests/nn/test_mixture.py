@@ -90,7 +90,7 @@ def test_autocast_is_that_of_linear_layers(models: dict[str, Path], name: str, k
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             found = experts(hidden, index, shares)
         assert found.dtype == torch.float32
-        return [found, *torch.autograd.grad(found.square().sum(), (hidden, shares))]
+        return [found.detach(), *torch.autograd.grad(found.square().sum(), (hidden, shares))]
 
     for right, ours in zip(values("grouped_mm", False), values(mixture.NAME, True), strict=True):
         # Both operands of two products, and what lies between, rounded to 8 bits; not fp32, as transformers has it.
@@ -112,7 +112,7 @@ def test_no_decoded_expert_is_kept(models: dict[str, Path]) -> None:
             run(model, implementation)
         kept[implementation] = sum(storages.values())
     decoded = 2 * 4 * (2 * 128 * 128 + 128 * 128) * 4
-    assert kept["grouped_mm"] > decoded > 2 * kept[mixture.NAME]
+    assert kept["grouped_mm"] - kept[mixture.NAME] > 0.9 * decoded, kept
 
 
 def test_trained_experts_are_transformers(models: dict[str, Path]) -> None:
@@ -155,7 +155,7 @@ def test_blocks_that_belong_to_two_experts_are_decoded(models: dict[str, Path]) 
     assert torch.equal(part.dequantize(), plain.dequantize()[3])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 9), st.integers(1, 4), st.integers(0, 2**32 - 1), st.sampled_from([torch.float32, torch.bfloat16])
 )
@@ -171,24 +171,29 @@ def test_any_spread_over_experts(models: dict[str, Path], tokens: int, k: int, s
     index = index.reshape(tokens, k)
     shares = torch.rand(tokens, k, generator=generator).requires_grad_()
     exact_hidden, exact_shares = (x.detach().double().requires_grad_() for x in (hidden, shares))
-    rows = []
+    pull = torch.randn(tokens, 128, generator=generator).to(dtype)
+    rows, sizes = [], torch.zeros(tokens, k, dtype=torch.float64)
     for t in range(tokens):
         row = torch.zeros(128, dtype=torch.float64)
         for j in range(k):
+            down = weights["down_proj"][index[t, j]]
             gate, up = (exact_hidden[t] @ weights["gate_up_proj"][index[t, j]].t()).chunk(2, -1)
             inner = torch.nn.functional.silu(gate) * up
-            row = row + exact_shares[t, j] * (inner @ weights["down_proj"][index[t, j]].t())
+            row = row + exact_shares[t, j] * (inner @ down.t())
+            # A share's gradient is the product of these two, and may cancel out.
+            sizes[t, j] = inner.detach().norm() * (pull[t].double() @ down).norm()
         rows.append(row)
     expected = torch.stack(rows) if rows else exact_hidden * 0
     found = mixture.forward(experts, hidden, index, shares)
     assert found.dtype == dtype and found.shape == (tokens, 128)
-    bound = 1e-5 if dtype == torch.float32 else 2e-2
-    _close(found, expected, bound)
-    pull = torch.randn(tokens, 128, generator=generator)
-    ours = torch.autograd.grad(found, (hidden, shares), pull.to(dtype))
-    theirs = torch.autograd.grad(expected, (exact_hidden, exact_shares), pull.to(dtype).double(), allow_unused=True)
-    for a, b in zip(ours, theirs, strict=True):
-        _close(a, torch.zeros_like(a) if b is None else b, bound)
+    # In bf16 eight roundings of 2^-9 lie on a path: weights, what is before and after the gate, the products.
+    bound = 1e-5 if dtype == torch.float32 else 2**-5
+    assert float((found - expected).detach().norm()) <= bound * float(expected.detach().norm())
+    ours = torch.autograd.grad(found, (hidden, shares), pull)
+    theirs = torch.autograd.grad(expected, (exact_hidden, exact_shares), pull.double(), allow_unused=True)
+    if tokens:
+        assert float((ours[0] - theirs[0]).norm()) <= bound * float(theirs[0].norm())
+        assert bool(((ours[1] - theirs[1]).abs() <= bound * sizes).all())
 
 
 _loaded: dict[str, Any] = {}
@@ -198,9 +203,3 @@ def _experts(models: dict[str, Path]) -> Any:
     if "experts" not in _loaded:
         _loaded["experts"] = experts_of(nybble.load(models["mixtral-nf4"], dtype=torch.float32).requires_grad_(False))
     return _loaded["experts"]
-
-
-def _close(found: Tensor, expected: Tensor, bound: float) -> None:
-    if found.numel():
-        scale = float(expected.detach().abs().max())
-        assert float((found.detach().double() - expected.detach()).abs().max()) <= bound * max(scale, 1e-30)
