@@ -31,7 +31,7 @@ help:
 	@echo "make bench-fidelity  what quantizing loses and calibration saves (about 40 minutes)"
 	@echo "make bench-training  fine-tuning beside PEFT; every method; runs killed and gone on with (about an hour)"
 	@echo "make bench-generation  tokens a second beside transformers, bitsandbytes and PEFT (about 10 minutes)"
-	@echo "make bench-planning  what nybble plan predicts beside measured peaks (about 5 minutes)"
+	@echo "make bench-planning  what nybble plan predicts beside measured peaks (about 10 minutes)"
 	@echo "make bench-cuda     the kernels for NVIDIA GPUs beside cuBLAS and bitsandbytes (a GPU; about 2 minutes)"
 	@echo "make gpu-check      build, tests, sanitizer and benches on a GPU machine, in one table (less than 10 minutes)"
 	@echo "make cuda-report    registers, spills, instructions, compile times and sizes of the CUDA kernels (nvcc, no GPU)"

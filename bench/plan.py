@@ -1,10 +1,11 @@
 """What `nybble plan` predicts beside what a step takes: SHOW of planning, and the tables of docs/scaling.md.
 
-python bench/plan.py table|measured|scaling|all [--keep DIR] [--seconds N]
+python bench/plan.py table|measured|families|scaling|all [--keep DIR] [--seconds N]
 
 table     Llama-3.1-8B on a machine of 24 GB
 measured  the Llama of 170 M parameters of finetune.py: predictions beside peaks, each of a process of its own; once
           with --low-memory (what is held), once with glibc's heap as a run has it by default
+families  small random models of many builds, LoRA over NF4 with and without checkpointing
 scaling   Llama-3.1-70B and 405B on 8, 16 and 64 GPUs
 
 What has been measured is kept in DIR and not measured again; --seconds: begin no further measurement after so many.
@@ -46,6 +47,47 @@ CONFIGURATIONS = (
     ("full", "fp32", 1, 256, False, "adamw", 16),
     ("full", "fp32", 4, 256, True, "adamw8bit", 16),
 )
+SIZES: dict[str, Any] = {
+    "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 7, "num_attention_heads": 10,
+    "num_key_value_heads": 5, "vocab_size": 8192, "max_position_embeddings": 2048, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": 0,
+}  # fmt: skip
+MIXTURE = {**SIZES, "hidden_size": 512, "num_hidden_layers": 5, "num_attention_heads": 8, "num_key_value_heads": 4}
+#: What `families` measures: model types of transformers, and what their configurations have beside SIZES or MIXTURE.
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": SIZES,
+    "qwen2": {**SIZES, "tie_word_embeddings": True},
+    "qwen3": {**SIZES, "head_dim": 64},
+    "phi3": SIZES,
+    "gemma2": {**SIZES, "head_dim": 64, "vocab_size": 16384},
+    "gemma3_text": {**SIZES, "head_dim": 64, "layer_types": ["full_attention"] * 7},
+    "granite": SIZES,
+    "cohere": SIZES,
+    "olmo2": SIZES,
+    "starcoder2": SIZES,
+    "stablelm": SIZES,
+    "gpt_neox": {**SIZES, "intermediate_size": 2560},
+    "opt": {**SIZES, "ffn_dim": 2560, "word_embed_proj_dim": 640, "bos_token_id": 0},
+    "mixtral": {**MIXTURE, "intermediate_size": 1024, "num_local_experts": 8},
+    "qwen2_moe": {
+        **MIXTURE, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "num_experts": 8,
+        "num_experts_per_tok": 2,
+    },
+    "qwen3_moe": {
+        **MIXTURE, "moe_intermediate_size": 512, "num_experts": 16, "num_experts_per_tok": 4, "head_dim": 64,
+    },
+    "olmoe": {**MIXTURE, "intermediate_size": 512, "num_experts": 16, "num_experts_per_tok": 4},
+    "gpt_oss": {
+        **MIXTURE, "intermediate_size": 1024, "num_local_experts": 8, "num_experts_per_tok": 2, "head_dim": 64,
+        "layer_types": ["full_attention"] * 5,
+    },
+    "deepseek_v3": {
+        **MIXTURE, "intermediate_size": 1024, "moe_intermediate_size": 256, "n_routed_experts": 16, "n_group": 4,
+        "topk_group": 2, "num_experts_per_tok": 4, "n_shared_experts": 1, "first_k_dense_replace": 1,
+        "q_lora_rank": 128, "kv_lora_rank": 64, "qk_rope_head_dim": 32, "qk_nope_head_dim": 32, "v_head_dim": 64,
+        "num_key_value_heads": 8,
+    },
+}  # fmt: skip
 #: Bytes a second that a rank is assumed to receive: within a node, and between nodes by a network card for every GPU.
 BANDWIDTH = {8: 300e9, 16: 50e9, 64: 50e9}
 FIELDS = ("method", "base", "batch", "seq", "checkpointing", "optimizer", "rank")
@@ -55,6 +97,38 @@ def table(args: argparse.Namespace) -> None:
     """The table that people choose by."""
     found = plan("Llama-3.1-8B", 24e9)
     command.show(found, [found.row("qlora")])
+
+
+def families(args: argparse.Namespace) -> None:
+    """Predicted, measured, error in %: 4 x 256 tokens, and 2 x 384 with checkpointing."""
+    import transformers
+
+    shown = Table(title="LoRA r = 16 over NF4: predicted, measured MB above the imports")
+    for column in ("build", "parameters", "4 x 256", "2 x 384, checkpointing"):
+        shown.add_column(column)
+    for kind, sizes in FAMILIES.items():
+        if time.perf_counter() - args.started > args.seconds:
+            print("more is to be measured: call again with the same --keep")
+            break
+        directory: Path = args.keep / "families" / kind
+        if not (directory / "nf4" / "config.json").exists():
+            torch.manual_seed(0)
+            config = transformers.AutoConfig.for_model(kind, **sizes)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            model.to(torch.bfloat16).save_pretrained(directory / "bf16")
+            nybble.quantize(directory / "bf16", directory / "nf4", nybble.QuantConfig())
+        shape, cells = find_shape(directory / "bf16"), []
+        for batch, seq, checkpointing in ((4, 256, False), (2, 384, True)):
+            held, _ = _measure(("lora", "nf4", batch, seq, checkpointing, "adamw", 16), True, directory)
+            work = Work(batch=batch, seq=seq, rank=16, **_cpu())
+            predicted = estimate(shape, "lora", "nf4", work, checkpointing).above_imports
+            cells.append(f"{predicted / 1e6:.0f} {held / 1e6:.0f} {predicted / held - 1:+.1%}")
+        shown.add_row(kind, f"{shape.parameters / 1e6:.0f} M", *cells)
+    Console(width=100).print(shown)
+
+
+def _cpu() -> dict[str, bool]:
+    return {"matrix_unit": nybble.active_isa() == "amx", "widened": emulated(torch.bfloat16)}
 
 
 def _measure(configuration: tuple[Any, ...], low_memory: bool, directory: Path) -> tuple[int, float]:
@@ -104,8 +178,7 @@ def measured(args: argparse.Namespace) -> None:
         (held, slower), (heap, faster) = (
             _measure(configuration, low_memory, directory) for low_memory in (True, False)
         )
-        cpu = {"matrix_unit": nybble.active_isa() == "amx", "widened": emulated(torch.bfloat16)}
-        work = Work(batch=batch, seq=seq, rank=rank, optimizer=optimizer, **cpu)
+        work = Work(batch=batch, seq=seq, rank=rank, optimizer=optimizer, **_cpu())
         predicted = estimate(shape, method, base, work, checkpointing).above_imports
         error = predicted / held - 1
         worst = max(worst, abs(error))
@@ -163,7 +236,7 @@ def scaling(args: argparse.Namespace) -> None:
     Console(width=140).print(shown)
 
 
-COMMANDS = {"table": table, "measured": measured, "scaling": scaling}
+COMMANDS = {"table": table, "measured": measured, "families": families, "scaling": scaling}
 
 
 def main() -> None:

@@ -45,11 +45,11 @@ def layer(shape: Shape, method: str, base: str, work: Work) -> list[Kept]:
         count = 5 if shape.gated else 4
         kept.append(Kept(f"inputs of {count} projections", count * e * h))
     elif updates:
-        kept.append(Kept("inputs of the projections", (1 if frozen else 2) * e * h))
+        kept.append(Kept("inputs of the projections", (1 if frozen and not shape.shared else 2) * e * h))
     kept.append(Kept("queries and attention's output", 2 * e * shape.queries))
-    if shape.capped:  # transformers' own attention: scores and weights of every head
+    if shape.scores:  # transformers' own attention: scores and weights of every head
         seen = work.seq + (work.tokens if method == "prefix" else 0)
-        kept.append(Kept("scores capped (bf16), softmax (fp32, bf16)", 8 * shape.heads * seen))
+        kept.append(Kept(f"{shape.scores} bytes of each score", shape.scores * shape.heads * seen))
         kept.append(Kept("keys and values, for all heads", 2 * e * shape.queries))
     elif method == "prefix":
         # With a mask, transformers repeats keys and values for every query head; the mask is one for all rows.
@@ -58,7 +58,7 @@ def layer(shape: Shape, method: str, base: str, work: Work) -> list[Kept]:
         kept.append(Kept("mask", 0, work.seq * (work.seq + work.tokens)))
     else:
         kept.append(Kept("keys and values", 2 * e * shape.keys))
-    if not shape.capped:
+    if not shape.scores:
         kept.append(Kept("logsumexp of the scores", 4 * shape.heads))
     if shape.gated:
         kept.append(Kept("gate and up", 2 * e * f))
@@ -66,8 +66,8 @@ def layer(shape: Shape, method: str, base: str, work: Work) -> list[Kept]:
             kept.append(Kept("the activated gate", e * f))
     else:
         kept.append(Kept("the activation's input", e * f))
-    if method == "full" or (updates and not frozen):
-        kept.append(Kept("input of down", e * f))
+    if method == "full" or updates:
+        kept.append(Kept("input of down", e * (shape.shared if frozen else f)))
     if updates:
         layers = [m for m in adapted(shape) if m.count >= shape.layers]
         kept.append(Kept("LoRA's inner values", len(layers) * e * work.rank))
@@ -95,7 +95,7 @@ def in_flight(shape: Shape, method: str, base: str, work: Work) -> float:
     it may be theirs: two in fp32 around the softmax, less the weights that are free by then."""
     h = shape.hidden
     stream = 4 if base == "fp32" else ACTIVATION
-    if shape.capped:
+    if shape.scores:
         return max(_in_flight_of_ffn(shape, method, base, work), 6 * shape.heads * work.seq + stream * h)
     return _in_flight_of_ffn(shape, method, base, work)
 

@@ -66,8 +66,9 @@ class Shape:
             not so of masked language models and of encoder-decoders, whose `layers` are those of both stacks.
         matrices: all linear layers but the head.
         norms: of the hidden width, a layer. query_norm: whether queries and keys are normalized head by head.
-        capped: whether scores and logits are capped softly (Gemma 2), or scores at least are computed in the open, so
-            that attention keeps them.
+        scores: bytes of each score that attention keeps, where transformers computes it in the open: softmax in fp32
+            and bf16, and what a soft cap keeps (Gemma 2). capped: whether logits are capped softly.
+        shared: width of the experts that act on every token, a part of `ffn`.
         parameters: all of them, tied ones once. quantized: whether config.json says that the weights are packed.
         stored: the dtype that config.json names, if it does.
     """
@@ -93,7 +94,9 @@ class Shape:
     stored: str | None = None
     norms: int = 2
     query_norm: bool = False
+    scores: int = 0
     capped: bool = False
+    shared: int = 0
 
     @property
     def queries(self) -> int:
@@ -119,6 +122,9 @@ class Shape:
     def packed(self) -> int:
         """Weights that `nybble quantize` packs."""
         return sum(matrix.weights for matrix in self.matrices if matrix.quantizable)
+
+
+_OPEN_SCORES, _CAPPED_SCORES = 6, 8
 
 
 def decoder(
@@ -147,8 +153,8 @@ def decoder(
 
     Args:
         bias: the projections that have one. query_norm: queries and keys are normalized head by head (Qwen3).
-        norms: of a layer; Gemma has two after its parts too. capped: see `Shape`. fused: queries, keys and values are
-            one projection, gate and up another (Phi).
+        norms: of a layer; Gemma has two after its parts too. capped: scores and logits. fused: queries, keys and
+            values are one projection, gate and up another (Phi).
         experts, active: of a mixture with a router (Mixtral): how many a layer has, and act on a token.
 
     >>> decoder("Llama-3.1-8B", 4096, 14336, 32, 32, 8, 128256).parameters
@@ -183,7 +189,7 @@ def decoder(
     return Shape(
         name, source, hidden, ffn * max(1, active), layers, heads, kv_heads, head_dim, vocab, tied, True,
         tuple(matrices), sum(m.weights for m in matrices) + biases + normed + routers + embeddings,
-        context, True, True, experts, quantized, None, norms, query_norm, capped,
+        context, True, True, experts, quantized, None, norms, query_norm, _CAPPED_SCORES if capped else 0, capped,
     )  # fmt: skip
 
 
@@ -360,12 +366,14 @@ def shape_of(model: Any, name: str | None = None, *, quantized: bool = False) ->
     kv_heads = int(_first(config, "num_key_value_heads") or heads)
     gated = any(part in m.name for m in matrices for part in ("gate_proj", "gate_up_proj", "w1", "Wi"))
     experts = int(_first(config, "num_local_experts", "num_experts", "n_routed_experts") or 0)
+    shared = 0
     width = int(_first(config, "intermediate_size", "n_inner", "ffn_dim", "hidden_dim") or 4 * hidden)
     if experts:
         active = int(_first(config, "num_experts_per_tok") or 1)
         each = int(_first(config, "moe_intermediate_size") or width)
         shared = int(_first(config, "shared_expert_intermediate_size") or 0)
-        width = each * (active + int(_first(config, "n_shared_experts") or 0)) + shared
+        shared += each * int(_first(config, "n_shared_experts") or 0)
+        width = each * active + shared
     return Shape(
         name=name,
         source="config.json, counted by transformers",
@@ -387,8 +395,16 @@ def shape_of(model: Any, name: str | None = None, *, quantized: bool = False) ->
         quantized=quantized,
         norms=_norms(model, hidden, layers),
         query_norm=any(path.endswith((".q_norm", ".query_norm")) for path, _ in model.named_modules()),
-        capped=not getattr(type(model), "_supports_sdpa", True),
+        scores=_scores(model, config),
+        capped=bool(_first(config, "final_logit_softcapping")),
+        shared=shared,
     )
+
+
+def _scores(model: Any, config: Any) -> int:
+    if getattr(type(model), "_supports_sdpa", True):
+        return 0
+    return _CAPPED_SCORES if _first(config, "attn_logit_softcapping") else _OPEN_SCORES
 
 
 def _norms(model: nn.Module, hidden: int, layers: int) -> int:
