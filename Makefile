@@ -92,6 +92,7 @@ test-sanitize: $(VENV)/.native $(VENV)/.test
 	$(KERNEL_TESTS) build/sanitize/kernel_tests $(KERNEL_TEST_ARGS)
 	rm -rf build/sanitize-site
 	CXX=$(CXX) $(PIP) install -q --no-deps --target build/sanitize-site -C cmake.define.NYBBLE_SANITIZE=ON \
+		-C cmake.define.NYBBLE_CUDA=OFF \
 		-C build-dir=build/sanitize-module .
 	$(KERNEL_TESTS) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -17,6 +18,10 @@ from hypothesis import HealthCheck, settings
 
 from nybble import _core, reference
 from nybble.backends import cpu
+
+# A shell starts what runs in its background deaf to Ctrl-C, which tests press in the processes that they start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Deadlines measure the machine, not the code. The isa fixture is set once per test, not per example, which is meant.
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]}

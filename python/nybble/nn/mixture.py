@@ -68,13 +68,16 @@ def forward(module: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tens
 
 
 def _watched(module: Any, hidden: Tensor) -> bool:
-    """Whether this is for transformers to compute: somebody follows its operations, or trains what is frozen here."""
+    """Whether this is for transformers to compute: somebody follows its operations, which here wait for the counts of
+    tokens, or trains what is frozen here."""
     return (
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack() > 0
         or type(hidden) not in (Tensor, nn.Parameter)
         or hidden.device.type == "meta"
+        or hidden.dtype == torch.float64
+        or (hidden.is_cuda and torch.cuda.is_current_stream_capturing())
         or module._is_expert_parallel
         or module.has_post_expert_norm
         or (torch.is_grad_enabled() and any(p.requires_grad for p in module.parameters()))
