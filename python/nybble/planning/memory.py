@@ -192,6 +192,10 @@ def _generating(shape: Shape, work: Work) -> dict[str, list[Line]]:
             e * width * tokens,
         )
     ]
+    if shape.scores:
+        size = 10 * shape.heads * tokens * work.seq
+        how = f"its scores in the open: 10 bytes x {shape.heads} heads x {tokens:,} tokens x {work.seq:,}"
+        lines.append(_line("activations", how, size))
     if shape.head:
         values = f"2 (keys, values) x {e} bytes x {shape.layers} layers x {shape.keys:,} x {tokens:,} tokens"
         lines.insert(0, _line("kv_cache", values, cache))
