@@ -79,8 +79,7 @@ static void multiply_scores(Step, const char* x, int64_t x_stride, int64_t rows,
 // By vectors: GCC makes a string instruction of a short memset, which takes some 30 ns to start.
 template <class Out>
 static inline void zero_columns(Out* row, int64_t from, int64_t to) {
-  constexpr int64_t kVector = kLanes * static_cast<int64_t>(sizeof(float) / sizeof(Out));
-  for (; from + kVector <= to; from += kVector) store(reinterpret_cast<float*>(row + from), zero());
+  for (; from + kLanes <= to; from += kLanes) store(row + from, zero());
   for (; from < to; ++from) from_float(0.0F, row + from);
 }
 
